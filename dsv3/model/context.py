@@ -1,0 +1,32 @@
+"""What every block of one forward pass shares, worked out once before the first block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dsv3.model.cache import LatentCache
+
+
+@dataclass(frozen=True)
+class Context:
+    """B batch, S tokens of this pass, T tokens attended to (earlier ones in the cache, then these), R RoPE width."""
+
+    cos: Tensor  # [B or 1, S, R/2] FP32
+    sin: Tensor  # [B or 1, S, R/2] FP32
+    mask: Tensor | None = None  # [B or 1, 1, S, T] bool, True where a query may look; None: causal
+    valid_BS: Tensor | None = None  # bool, False on padding, which no load counter may count; None: all are tokens
+    cache: LatentCache | None = None
+    aux_loss_scale: float = 0.0  # what one sequence's balance loss (eq. 17-20) weighs in the step's loss; 0: no loss
+
+    def first(self, length: int) -> Context:
+        """The same for the first `length` positions only (MTP modules see S-1, S-2, ... of them)."""
+        return Context(
+            cos=self.cos[:, :length],
+            sin=self.sin[:, :length],
+            mask=None if self.mask is None else self.mask[..., :length, : self.mask.shape[-1] - self.cos.shape[1] + length],
+            valid_BS=None if self.valid_BS is None else self.valid_BS[:, :length],
+            cache=self.cache,
+            aux_loss_scale=self.aux_loss_scale,
+        )

@@ -1,0 +1,37 @@
+"""Multi-token prediction (eq. 21-25): depth k reads depth k-1's hidden and token i+k, and predicts token i+k+1.
+
+Shapes: B batch, S positions of this depth, D model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.config import ModelConfig
+from dsv3.model.block import Block
+from dsv3.model.context import Context
+from dsv3.model.norm import RMSNorm
+from dsv3.model.router import Routing
+
+
+class MTPModule(nn.Module):
+    """One depth. Embedding and output head are the main model's."""
+
+    def __init__(self, config: ModelConfig, depth: int) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.enorm = RMSNorm(D, config.rms_norm_eps)
+        self.hnorm = RMSNorm(D, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * D, D, bias=False)
+        self.block = Block(config, config.num_hidden_layers + depth - 1)
+        self.norm = RMSNorm(D, config.rms_norm_eps)
+
+    def forward(self, hidden_BSD: Tensor, embedding_BSD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
+        """hidden: depth k-1's, after its final norm; embedding: of the token k places on. Returns the same of depth k.
+
+        The released `eh_proj` expects the embedding *first*, the reverse of the order printed in eq. 21.
+        """
+        joined = torch.cat((self.enorm(embedding_BSD), self.hnorm(hidden_BSD)), dim=-1)
+        h_BSD, routing = self.block(self.eh_proj(joined), context)
+        return self.norm(h_BSD), routing

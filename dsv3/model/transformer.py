@@ -1,0 +1,146 @@
+"""The whole model: embedding, blocks, final norm, head, and the MTP modules behind it.
+
+Shapes: B batch, S tokens of this pass, D model, V vocabulary, X latent width of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsv3.config import ModelConfig
+from dsv3.errors import UserError
+from dsv3.model.block import Block
+from dsv3.model.cache import LatentCache
+from dsv3.model.context import Context
+from dsv3.model.mtp import MTPModule
+from dsv3.model.norm import RMSNorm
+from dsv3.model.rope import cos_sin, inverse_frequencies
+from dsv3.model.router import Router, Routing
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states ready for the head (after the final norm of their module)."""
+
+    main_BSD: Tensor
+    mtp: tuple[Tensor, ...]  # depth k = 1.. : [B, S-k, D]; position i predicts token i+k+1
+    routings: dict[str, Routing]  # by layer name: "layers.3", "mtp.0"
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a model says of a batch of tokens."""
+
+    logits: Tensor  # [B, S, V]; position i predicts token i+1
+    mtp_logits: tuple[Tensor, ...]  # depth k = 1.. : [B, S-k, V]; position i predicts token i+k+1
+    routings: dict[str, Routing]
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V3. `model(tokens_BS)` gives `.logits` and `.mtp_logits`.
+
+    Weights are drawn from a normal of std `initializer_range` (norms 1, biases 0) with torch's global generator.
+    `recompute = True` keeps only block inputs in training and runs each block again in the backward pass.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(MTPModule(config, k + 1) for k in range(config.num_nextn_predict_layers))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all weights anew."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            else:
+                for parameter in module.parameters(recurse=False):
+                    parameter.normal_(std=self.config.initializer_range)
+            if isinstance(module, Router) and module.e_score_correction_bias is not None:
+                module.e_score_correction_bias.zero_()
+
+    def forward(self, tokens_BS: Tensor) -> ModelOutput:
+        """All logits at once, main and MTP. Training takes `hidden_states` and never makes them (ops.cross_entropy)."""
+        hidden = self.hidden_states(tokens_BS)
+        return ModelOutput(
+            self.lm_head(hidden.main_BSD), tuple(self.lm_head(h) for h in hidden.mtp), hidden.routings
+        )
+
+    def hidden_states(
+        self,
+        tokens_BS: Tensor,
+        *,
+        mask: Tensor | None = None,
+        valid_BS: Tensor | None = None,
+        aux_loss_scale: float = 0.0,
+        mtp: bool = True,
+    ) -> Hidden:
+        """Main and MTP hidden states of whole sequences. tokens_BS int64; `mask` and the rest as in `Context`."""
+        S = tokens_BS.shape[1]
+        context = self._context(tokens_BS, start=0, mask=mask, valid_BS=valid_BS, aux_loss_scale=aux_loss_scale)
+        embedding_BSD = self.embed_tokens(tokens_BS)
+        main_BSD, routings = self._run_blocks(embedding_BSD, context)
+        hiddens: list[Tensor] = []
+        previous = main_BSD
+        for k, module in enumerate(self.mtp if mtp else (), start=1):
+            if k >= S:
+                hiddens.append(main_BSD[:, :0])  # too short for this depth
+                continue
+            # Position i of depth k reads token i+k, so k positions at the end have nothing to read.
+            previous, routing = self._run(module, previous[:, : S - k], embedding_BSD[:, k:], context.first(S - k))
+            if routing is not None:
+                routings[f"mtp.{k - 1}"] = routing
+            hiddens.append(previous)
+        return Hidden(main_BSD, tuple(hiddens), routings)
+
+    def extend(self, tokens_BS: Tensor, cache: LatentCache) -> Tensor:
+        """Run S more tokens of the main model behind what `cache` holds; their hidden states [B, S, D]."""
+        context = self._context(tokens_BS, start=cache.length(0), cache=cache)
+        return self._run_blocks(self.embed_tokens(tokens_BS), context)[0]
+
+    def extend_mtp(self, depth: int, hidden_BSD: Tensor, tokens_BS: Tensor, cache: LatentCache) -> Tensor:
+        """The same for MTP module `depth` (1-based): `hidden` of depth - 1 at S positions, and the tokens `depth`
+        places on. Positions count from what the cache holds of this module. Returns its hidden states [B, S, D]."""
+        start = cache.length(self.config.num_hidden_layers + depth - 1)
+        context = self._context(tokens_BS, start=start, cache=cache)
+        out: Tensor = self.mtp[depth - 1](hidden_BSD, self.embed_tokens(tokens_BS), context)[0]
+        return out
+
+    def _context(self, tokens_BS: Tensor, *, start: int, cache: LatentCache | None = None, **rest: object) -> Context:
+        end = start + tokens_BS.shape[1]
+        if end > self.config.max_position_embeddings:
+            raise UserError(
+                f"{end} tokens are more than max_position_embeddings ({self.config.max_position_embeddings}): "
+                "shorten the sequence or extend the model's context"
+            )
+        # Always computed in FP32 from the config, so that no dtype change or meta device can spoil them.
+        inv_freq = inverse_frequencies(self.config).to(tokens_BS.device)
+        positions = torch.arange(start, end, device=tokens_BS.device).unsqueeze(0)
+        cos, sin = cos_sin(self.config, inv_freq, positions)
+        return Context(cos=cos, sin=sin, cache=cache, **rest)  # type: ignore[arg-type]
+
+    def _run_blocks(self, h_BSD: Tensor, context: Context) -> tuple[Tensor, dict[str, Routing]]:
+        routings: dict[str, Routing] = {}
+        for i, block in enumerate(self.layers):
+            h_BSD, routing = self._run(block, h_BSD, context)
+            if routing is not None:
+                routings[f"layers.{i}"] = routing
+        return self.norm(h_BSD), routings
+
+    def _run(self, module: nn.Module, *args: object) -> tuple[Tensor, Routing | None]:
+        if self.recompute and torch.is_grad_enabled():
+            out: tuple[Tensor, Routing | None] = checkpoint(module, *args, use_reentrant=False)
+            return out
+        result: tuple[Tensor, Routing | None] = module(*args)
+        return result

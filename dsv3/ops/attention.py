@@ -1,0 +1,75 @@
+"""Softmax attention over keys and values (expanded), or over MLA's latents themselves (absorbed).
+
+Shapes: B batch, S queries, T keys (the S queries are the last S of the T positions), H heads, K query/key
+width, V value width, N = K without RoPE, R RoPE width, C latent width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """[S, T] bool, True where query i (at position T - S + i) may look at key j <= that position."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+def reference_attention(q_BHSK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """o_i = sum_j softmax_j(q_i . k_j * scale) v_j (eq. 10), softmax in at least FP32. Returns [B, H, S, V].
+
+    `mask` is bool, broadcastable to [B, H, S, T], True where a query may look; None means causal.
+    """
+    dtype = torch.promote_types(q_BHSK.dtype, torch.float32)
+    if mask is None:
+        mask = causal_mask(q_BHSK.shape[2], k_BHTK.shape[2], q_BHSK.device)
+    scores = (q_BHSK.to(dtype) @ k_BHTK.to(dtype).transpose(2, 3)) * scale
+    probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return (probs @ v_BHTV.to(dtype)).to(q_BHSK.dtype)
+
+
+def attention(q_BHSK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """`reference_attention` through torch's fused kernels.
+
+    Those are 2-3 times faster when the value is as wide as the key, so a narrower value is padded with zeros
+    and the padding cut off again: zeros times probabilities are zeros.
+    """
+    S, T = q_BHSK.shape[2], k_BHTK.shape[2]
+    width = v_BHTV.shape[-1]
+    v = F.pad(v_BHTV, (0, k_BHTK.shape[-1] - width)) if width < k_BHTK.shape[-1] else v_BHTV
+    causal = mask is None and S == T
+    if mask is None and not causal and S > 1:
+        mask = causal_mask(S, T, q_BHSK.device)
+    # `scale` must be passed: the default forgets YaRN's mscale^2 (spec section 3).
+    out = F.scaled_dot_product_attention(q_BHSK, k_BHTK, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return out[..., :width]
+
+
+def absorbed_attention(
+    q_nope_BSHN: Tensor,
+    q_rope_BSHR: Tensor,
+    c_BTC: Tensor,
+    k_rope_BTR: Tensor,
+    w_uk_HNC: Tensor,
+    w_uv_HVC: Tensor,
+    scale: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """The same attention with W_UK moved to the query and W_UV behind the sum, so that no key or value is made.
+
+    q . k = (q_nope W_UK) . c + q_rope . k_rope, and sum_j p_j (W_UV c_j) = W_UV (sum_j p_j c_j): equal functions,
+    other order of products. Worth it when the queries are few. Returns [B, S, H, V].
+    """
+    S, T = q_nope_BSHN.shape[1], c_BTC.shape[1]
+    dtype = torch.promote_types(c_BTC.dtype, torch.float32)
+    q_BSHC = torch.einsum("bshn,hnc->bshc", q_nope_BSHN, w_uk_HNC)
+    scores = torch.einsum("bshc,btc->bhst", q_BSHC, c_BTC) + torch.einsum("bshr,btr->bhst", q_rope_BSHR, k_rope_BTR)
+    scores = scores.to(dtype) * scale
+    if mask is None and S > 1:
+        mask = causal_mask(S, T, c_BTC.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    probs = scores.softmax(-1).to(c_BTC.dtype)
+    out_BSHC = torch.einsum("bhst,btc->bshc", probs, c_BTC)
+    return torch.einsum("bshc,hvc->bshv", out_BSHC, w_uv_HVC)

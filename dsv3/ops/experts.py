@@ -1,0 +1,87 @@
+"""Many SwiGLU MLPs over rows that lie grouped by expert: the arithmetic of DeepSeekMoE.
+
+Shapes: N rows (all the (token, expert) pairs, grouped by expert), E experts, D model, F expert width.
+`counts_E` says how many rows each expert has; a group may be empty; counts sum to N.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3.ops.swiglu import swiglu, swiglu_backward
+
+
+def reference_grouped_swiglu(x_ND: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """down_e (silu(gate_e x) * up_e x) for every row x of every expert e; G = 2F, gate rows first. Returns [N, D]."""
+    groups = x_ND.split(counts_E.tolist())
+    return torch.cat(
+        [swiglu(x @ w1.T) @ w2.T for x, w1, w2 in zip(groups, gate_up_EGD.unbind(), down_EDF.unbind(), strict=True)]
+    )
+
+
+def grouped_swiglu(x_ND: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """`reference_grouped_swiglu`, fast: torch's grouped GEMM where a kernel exists, one GEMM per expert elsewhere."""
+    if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
+        return _grouped_mm_swiglu(x_ND, counts_E, gate_up_EGD, down_EDF)
+    out: Tensor = _LoopSwiGLU.apply(x_ND, counts_E, gate_up_EGD, down_EDF)
+    return out
+
+
+def _grouped_mm_swiglu(x_ND: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    # Offsets stay on the device: no synchronisation.
+    offsets = counts_E.cumsum(0).to(torch.int32)
+    h = F.grouped_mm(x_ND, gate_up_EGD.transpose(1, 2), offs=offsets)
+    return F.grouped_mm(swiglu(h), down_EDF.transpose(1, 2), offs=offsets)
+
+
+class _LoopSwiGLU(torch.autograd.Function):
+    """One GEMM per expert, written straight into its rows, with the backward by hand.
+
+    Autograd would index the stacked weight once per expert (a full-size zero gradient each) and make weight
+    gradients in transposed layout, to be copied. Here each gradient is computed in its weight's own layout and
+    place. Only the input and the pre-activation are saved; the SwiGLU output is computed again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, counts, gate_up, down):  # type: ignore[no-untyped-def]
+        spans = _spans(counts)
+        h = x.new_empty(x.shape[0], gate_up.shape[1])
+        for e, a, b in spans:
+            torch.mm(x[a:b], gate_up[e].T, out=h[a:b])
+        y = torch.empty_like(x)
+        act = swiglu(h)
+        for e, a, b in spans:
+            torch.mm(act[a:b], down[e].T, out=y[a:b])
+        ctx.save_for_backward(x, h, gate_up, down)
+        ctx.spans = spans
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, h, gate_up, down = ctx.saved_tensors
+        dy = dy.contiguous()
+        act = swiglu(h)
+        d_down = torch.zeros_like(down)  # an expert without rows keeps a zero gradient
+        d_act = torch.empty_like(act)
+        for e, a, b in ctx.spans:
+            torch.mm(dy[a:b].T, act[a:b], out=d_down[e])
+            torch.mm(dy[a:b], down[e], out=d_act[a:b])
+        dh = swiglu_backward(h, d_act)
+        d_gate_up = torch.zeros_like(gate_up)
+        dx = torch.empty_like(x)
+        for e, a, b in ctx.spans:
+            torch.mm(dh[a:b].T, x[a:b], out=d_gate_up[e])
+            torch.mm(dh[a:b], gate_up[e], out=dx[a:b])
+        return dx, None, d_gate_up, d_down
+
+
+def _spans(counts_E: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, end row) of every expert that has rows."""
+    spans, start = [], 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            spans.append((expert, start, start + count))
+        start += count
+    return spans

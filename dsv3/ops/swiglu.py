@@ -1,0 +1,25 @@
+"""SwiGLU on a fused pre-activation: silu(gate) * up, with gate and up side by side in the last dimension."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3 import compat
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """silu(h[..., :F]) * h[..., F:] for h [..., 2F]; returns [..., F]."""
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu_backward(h: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of `swiglu` with respect to h, given the gradient [..., F] of its output; no graph is recorded."""
+    gate, up = h.chunk(2, dim=-1)
+    out = torch.empty_like(h)
+    d_gate, d_up = out.chunk(2, dim=-1)
+    torch.mul(F.silu(gate), grad, out=d_up)
+    d_gate.copy_(compat.silu_backward(grad * up, gate))
+    return out

@@ -1,0 +1,1 @@
+"""Inference: the same model code as training, over the latent cache."""
