@@ -97,9 +97,7 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int":
-                _require(
-                    isinstance(value, int) and not isinstance(value, bool), field.name, value, "a whole number"
-                )
+                _require(isinstance(value, int) and not isinstance(value, bool), field.name, value, "a whole number")
             elif field.type == "float":
                 _require(
                     isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
@@ -159,9 +157,7 @@ class ModelConfig:
         )
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            _require(
-                value is None or 0 <= value < self.vocab_size, name, value, f"null or in [0, {self.vocab_size})"
-            )
+            _require(value is None or 0 <= value < self.vocab_size, name, value, f"null or in [0, {self.vocab_size})")
 
     @property
     def qk_head_dim(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,13 +21,13 @@ class Context:
     cache: LatentCache | None = None
     aux_loss_scale: float = 0.0  # what one sequence's balance loss (eq. 17-20) weighs in the step's loss; 0: no loss
 
-    def first(self, length: int) -> Context:
-        """The same for the first `length` positions only (MTP modules see S-1, S-2, ... of them)."""
-        return Context(
+    def behind(self, depth: int) -> Context:
+        """What MTP module `depth` sees of the same sequences: S - depth positions, each with the token `depth` on."""
+        length = self.cos.shape[1] - depth
+        return dataclasses.replace(
+            self,
             cos=self.cos[:, :length],
             sin=self.sin[:, :length],
-            mask=None if self.mask is None else self.mask[..., :length, : self.mask.shape[-1] - self.cos.shape[1] + length],
-            valid_BS=None if self.valid_BS is None else self.valid_BS[:, :length],
-            cache=self.cache,
-            aux_loss_scale=self.aux_loss_scale,
+            mask=None if self.mask is None else self.mask[..., :length, :length],
+            valid_BS=None if self.valid_BS is None else self.valid_BS[:, :length] & self.valid_BS[:, depth:],
         )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,5 +102,4 @@ class Router(nn.Module):
             narrower = out.is_floating_point() and out.element_size() < tensor.element_size()
             return tensor.to(out.device) if narrower and out.element_size() < 4 else out
 
-        applied: Any = super()._apply(keep_precision, recurse)
-        return applied  # type: ignore[no-any-return]
+        return super()._apply(keep_precision, recurse)

@@ -73,9 +73,7 @@ class Transformer(nn.Module):
     def forward(self, tokens_BS: Tensor) -> ModelOutput:
         """All logits at once, main and MTP. Training takes `hidden_states` and never makes them (ops.cross_entropy)."""
         hidden = self.hidden_states(tokens_BS)
-        return ModelOutput(
-            self.lm_head(hidden.main_BSD), tuple(self.lm_head(h) for h in hidden.mtp), hidden.routings
-        )
+        return ModelOutput(self.lm_head(hidden.main_BSD), tuple(self.lm_head(h) for h in hidden.mtp), hidden.routings)
 
     def hidden_states(
         self,
@@ -98,7 +96,7 @@ class Transformer(nn.Module):
                 hiddens.append(main_BSD[:, :0])  # too short for this depth
                 continue
             # Position i of depth k reads token i+k, so k positions at the end have nothing to read.
-            previous, routing = self._run(module, previous[:, : S - k], embedding_BSD[:, k:], context.first(S - k))
+            previous, routing = self._run(module, previous[:, : S - k], embedding_BSD[:, k:], context.behind(k))
             if routing is not None:
                 routings[f"mtp.{k - 1}"] = routing
             hiddens.append(previous)
@@ -140,7 +138,9 @@ class Transformer(nn.Module):
 
     def _run(self, module: nn.Module, *args: object) -> tuple[Tensor, Routing | None]:
         if self.recompute and torch.is_grad_enabled():
-            out: tuple[Tensor, Routing | None] = checkpoint(module, *args, use_reentrant=False)
+            out: tuple[Tensor, Routing | None] = checkpoint(
+                module, *args, use_reentrant=False, preserve_rng_state=False
+            )
             return out
         result: tuple[Tensor, Routing | None] = module(*args)
         return result

@@ -31,23 +31,27 @@ def quantize_blocks(w_NK: Tensor) -> tuple[Tensor, Tensor]:
     scale = max(amax, 1e-4) / 448. A NaN or infinity in w shows as a non-finite scale of its block.
     """
     blocks = _blocks(w_NK.float())
-    scale_nk = blocks.abs().amax(dim=(1, 3)).clamp(min=AMAX_FLOOR) / E4M3_MAX
+    # Large weights: what these lines cost is fresh memory, so |w| is never made and the clamp is in place.
+    amax_nk = torch.maximum(blocks.amax(dim=(1, 3)), -blocks.amin(dim=(1, 3)))
+    scale_nk = amax_nk.clamp(min=AMAX_FLOOR) / E4M3_MAX
     # Clamp before the cast: rounding may carry the largest entry past 448, and E4M3 turns that into NaN.
-    q = (blocks / scale_nk[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return _unblocks(q, w_NK.shape), scale_nk
+    scaled = (blocks / scale_nk[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    return _unblocks(scaled.to(torch.float8_e4m3fn), w_NK.shape), scale_nk
 
 
 def dequantize_blocks(q_NK: Tensor, scale_nk: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """q * scale block by block, multiplied in FP32 and rounded once to `dtype`; [N, K]."""
-    return _unblocks(_blocks(q_NK.float()) * scale_nk.float()[:, None, :, None], q_NK.shape).to(dtype)
+    blocks = _blocks(q_NK.to(torch.float32, copy=True)).mul_(scale_nk.float()[:, None, :, None])
+    return _unblocks(blocks, q_NK.shape).to(dtype)
 
 
 def _blocks(w_NK: Tensor) -> Tensor:
-    """[N, K] -> [n, 128, k, 128], padded with zeros."""
+    """[N, K] -> [n, 128, k, 128], padded with zeros; a view where nothing needs padding."""
     rows, columns = w_NK.shape
     n, k = scale_shape((rows, columns))
-    padded = F.pad(w_NK, (0, k * BLOCK - columns, 0, n * BLOCK - rows))
-    return padded.view(n, BLOCK, k, BLOCK)
+    if (rows, columns) != (n * BLOCK, k * BLOCK):
+        w_NK = F.pad(w_NK, (0, k * BLOCK - columns, 0, n * BLOCK - rows))
+    return w_NK.reshape(n, BLOCK, k, BLOCK)
 
 
 def _unblocks(blocks: Tensor, shape: torch.Size) -> Tensor:

@@ -8,9 +8,11 @@ Shapes: B batch, S prompt tokens, V vocabulary, D here is the MTP depth.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,11 @@ class GenerationStats:
     def acceptance(self) -> float:
         """Share of the drafts that stood."""
         return sum(self.accepted) / sum(self.drafted) if sum(self.drafted) else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only."""
+        rates = {"tokens_per_second": self.tokens_per_second, "acceptance": self.acceptance}
+        return {**dataclasses.asdict(self), **rates}
 
     def count_drafts(self, drafted: int, accepted: int) -> None:
         """Add one verification's outcome. A draft behind one that fell was never judged, and is not counted."""
@@ -80,7 +87,11 @@ def generate(
     rows: list[list[int]]
     if speculative:
         rows = [
-            [token for part in _speculative(model, row, max_new_tokens, params, generator, stats, eos_token_id) for token in part]
+            [
+                token
+                for part in _speculative(model, row, max_new_tokens, params, generator, stats, eos_token_id)
+                for token in part
+            ]
             for row in prompt_BS.split(1)
         ]
     else:

@@ -42,14 +42,18 @@ def read_checkpoint(folder: Path, model: Transformer, optimizer: MasterAdamW) ->
     """
     step = read_json(folder / "trainer.json").get("step")
     if not isinstance(step, int):
-        raise UserError(f"{folder / 'trainer.json'} has no step: the checkpoint is broken, remove it to use an older one")
+        raise UserError(
+            f"{folder / 'trainer.json'} has no step: the checkpoint is broken, remove it to use an older one"
+        )
     saved = load_pretrained(folder, dtype=torch.float32)
     if saved.config != model.config:
         raise UserError(f"the checkpoint {folder} is of another model than the run's config.json says")
     try:
         moments = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {folder / 'optimizer.safetensors'} ({error}): remove {folder} to use an older one") from None
+        raise UserError(
+            f"cannot read {folder / 'optimizer.safetensors'} ({error}): remove {folder} to use an older one"
+        ) from None
     model.load_state_dict(saved.state_dict())
     optimizer.load_masters(saved.state_dict())
     optimizer.load_state(moments)

@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsv3.errors import UserError
+from dsv3.train.schedule import Schedule, parse_schedule, parse_tokens
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """Settings that change over a run, as functions of the tokens seen."""
+
+    total_tokens: int
+    batch_size: Schedule
+    learning_rate: Schedule
+    mtp_weight: Schedule
+    bias_update_speed: Schedule
 
 
 @dataclass(frozen=True)
@@ -20,7 +32,7 @@ class TrainConfig:
     Raises `UserError`, naming the setting, if a value is out of range or contradicts another.
     """
 
-    out: Path
+    out: Path = Path("out/run")
     """Folder of the run: config, tokenizer, data, metrics.jsonl, checkpoints, figures."""
     model: str = "nano"
     """A preset (nano, micro, bench, ...) or the path of a config.json."""
@@ -28,22 +40,21 @@ class TrainConfig:
     """'stdlib' (the source of Python's standard library on this machine), or a text file, folder, .jsonl, .parquet."""
     held_out: float = 0.05
     """Share of the text kept out of training, for bits per byte."""
-    steps: int = 400
-    """Optimizer steps."""
-    batch_size: int = 16
-    """Sequences per optimizer step."""
-    micro_batch_size: int | None = None
-    """Sequences per forward pass; the step is the same whatever it is. None: the whole batch at once."""
+    tokens: str = "1.6M"
+    """Length of the run: tokens to train on (K, M, B, T for powers of a thousand)."""
     seq_len: int = 256
     """Tokens per sequence."""
-    learning_rate: float = 3e-3
-    """Peak, reached after `warmup_steps`."""
-    final_learning_rate: float = 3e-4
-    """At the last step, reached by a cosine over the last `decay_share` of the steps."""
-    warmup_steps: int = 20
-    """Steps of linear warm-up from 0."""
-    decay_share: float = 0.8
-    """Share of the steps, at the end, in which the learning rate falls; before it is constant."""
+    batch_size: str = "16"
+    """Sequences per optimizer step; like the next three a number or a schedule over tokens, e.g. '16, linear 64 30%'."""
+    learning_rate: str = "0, linear 3e-3 5%, cosine 3e-4 95%"
+    """Schedule: a start value, then 'linear VALUE LENGTH', 'cosine VALUE LENGTH', 'hold LENGTH', 'set VALUE'; a length
+    is in tokens (25B) or a share of the run (5%). `runs/report.sh` has the report's."""
+    mtp_weight: str = "0.3"
+    """Schedule of lambda, the weight of the MTP loss (eq. 25)."""
+    bias_update_speed: str = "0.001"
+    """Schedule of gamma: how far each expert's selection bias moves per step."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; the step is the same whatever it is. None: the whole batch at once."""
     weight_decay: float = 0.1
     """AdamW's decay, of matrices only (norms are left alone)."""
     beta1: float = 0.9
@@ -54,10 +65,6 @@ class TrainConfig:
     """AdamW (the report states none)."""
     clip: float = 1.0
     """Largest norm of the gradient."""
-    mtp_weight: float = 0.3
-    """Lambda of the MTP loss (eq. 25)."""
-    bias_update_speed: float = 0.001
-    """Gamma: how far each expert's selection bias moves per step."""
     seed: int = 0
     """Of weights and of the order of the data."""
     device: Device = "auto"
@@ -76,22 +83,28 @@ class TrainConfig:
     """Checkpoints to keep."""
 
     def __post_init__(self) -> None:
-        positive = "steps batch_size seq_len learning_rate clip eval_every eval_tokens save_every keep eps"
-        for name in positive.split():
+        for name in "seq_len clip eval_every eval_tokens save_every keep eps".split():
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in "final_learning_rate warmup_steps weight_decay mtp_weight bias_update_speed".split():
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "in (0, 1)")
-        _require(0 <= self.decay_share <= 1, "decay_share", self.decay_share, "in [0, 1]")
-        micro = self.micro_batch_size
         _require(
-            micro is None or (micro > 0 and self.batch_size % micro == 0),
+            self.micro_batch_size is None or self.micro_batch_size > 0,
             "micro_batch_size",
-            micro,
-            f"a divisor of batch_size ({self.batch_size})",
+            self.micro_batch_size,
+            "above 0",
         )
+        batch_size = self.schedules.batch_size
+        smallest = min(batch_size.initial, *(segment.end for segment in batch_size.segments), batch_size.initial)
+        _require(smallest >= 1, "batch_size", self.batch_size, "at least 1 sequence everywhere")
+
+    @property
+    def schedules(self) -> Schedules:
+        """The scheduled settings, read."""
+        total = parse_tokens(self.tokens, "tokens")
+        names = ("batch_size", "learning_rate", "mtp_weight", "bias_update_speed")
+        return Schedules(total, *(parse_schedule(getattr(self, name), total, name) for name in names))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only."""

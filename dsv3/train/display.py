@@ -41,15 +41,17 @@ class TrainDisplay:
             display.update(1, {"loss": 8.3, "lr": 1e-4})
             display.log("checkpoint written")
 
-    `total_steps` counts optimizer steps. Where there is no terminal, a line is printed every `every` steps, or, if
-    that is None, about every ten seconds; the last step always has one. `quiet` prints nothing at all. `stream` is
-    standard output unless given. Raises `UserError` if `every` is below 1.
+    Of `total_steps` optimizer steps, `start_step` are done already (a resumed run). Where there is no terminal, a
+    line is printed every `every` steps, or, if that is None, about every ten seconds; the last step always has
+    one. `quiet` prints nothing at all. `stream` is standard output unless given. Raises `UserError` if `every`
+    is below 1.
     """
 
     def __init__(
         self,
         total_steps: int,
         *,
+        start_step: int = 0,
         every: int | None = None,
         quiet: bool = False,
         stream: TextIO | None = None,
@@ -57,7 +59,7 @@ class TrainDisplay:
         if every is not None and every < 1:
             raise UserError(f"'every' is {every}, expected the number of steps between two lines, at least 1")
         self._total_steps = total_steps
-        self._step = 0
+        self._step = start_step
         self._every = every
         self._quiet = quiet
         self._stream = sys.stdout if stream is None else stream
@@ -66,7 +68,7 @@ class TrainDisplay:
         self._first_update: tuple[int, float] | None = None  # its step and time
         self._seconds_left: float | None = None
         self._line_at = float("-inf")  # when the last plain line was printed
-        self._line_step = 0  # the step it was about
+        self._line_step = start_step  # the step it was about
         console = Console(file=self._stream, highlight=False)
         # FORCE_COLOR makes rich take a pipe for a terminal; redrawing needs a real one.
         redraws = not quiet and console.is_interactive and self._stream.isatty()
@@ -81,6 +83,7 @@ class TrainDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._live is not None:
+            self._live.transient = self._first_update is None  # a bar that never moved need not stay
             self._live.stop()
         elif self._line_step != self._step:
             self._print_line()

@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from dsv3.errors import UserError
-from dsv3.files import atomic_writer
+from dsv3.files import atomic_writer, make_folder
 
 Array = NDArray[np.float64]
 Record = Mapping[str, Any]
@@ -33,6 +33,20 @@ Record = Mapping[str, Any]
 MAX_WINDOWS = 120
 
 MAIN_COLOUR, MTP_COLOUR = "#1f5fa8", "#d9722e"
+
+
+def draw_run(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draws the figures that a run's records have values for into `folder`; returns their paths.
+
+    `training.png` (`training_figure`) and `expert_load.png` (`expert_load_figure`).
+    """
+    make_folder(folder)
+    paths = []
+    for key, name, draw in (("loss", "training", training_figure), ("load", "expert_load", expert_load_figure)):
+        if any(record.get(key) for record in records):
+            paths.append(folder / f"{name}.png")
+            draw(records, paths[-1])
+    return paths
 
 
 def training_figure(records: Sequence[Record], path: str | Path) -> None:

@@ -1,27 +1,25 @@
 """A run is a folder; everything that resumes, plots or compares runs reads it through here.
 
-    config.json     the model, in the official schema
-    train.json      the resolved settings
-    data/           tokenizer, packed tokens, their hashes
-    metrics.jsonl   one record a line, only ever appended to
-    checkpoints/    step-00000100/, ... each whole or not there at all
-    figures/
+config.json     the model, in the official schema
+train.json      the resolved settings
+data/           tokenizer, packed tokens, their hashes
+metrics.jsonl   one record a line, only ever appended to
+checkpoints/    step-00000100/, ... each whole or not there at all
+figures/
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv3.checkpoint.locate import run_checkpoints, step_folder
 from dsv3.errors import UserError
 from dsv3.files import atomic_writer, make_folder, new_folder, refusals
 from dsv3.train.config import TrainConfig
-
-_STEP = re.compile(r"step-(\d{8})")
 
 
 class Run:
@@ -94,19 +92,11 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        found = (self.path / "checkpoints").glob("step-*")
-        return sorted(path for path in found if _STEP.fullmatch(path.name))
-
-    def latest_checkpoint(self) -> Path:
-        """The newest complete checkpoint. Raises `UserError` if there is none."""
-        checkpoints = self.checkpoints()
-        if not checkpoints:
-            raise UserError(f"the run in {self.path} has no checkpoint yet")
-        return checkpoints[-1]
+        return run_checkpoints(self.path)
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
         """Let `write` fill a new checkpoint folder, put it in place whole, and remove all but the newest `keep`."""
-        target = self.path / "checkpoints" / f"step-{step:08d}"
+        target = step_folder(self.path, step)
         with new_folder(target, overwrite=True) as folder:
             write(folder)
         for old in self.checkpoints()[:-keep]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import torch
 
 from dsv3.checkpoint.hf_config import config_to_hf, load_config, save_config
 from dsv3.config import PRESETS, ModelConfig
-from dsv3.data.batches import BatchSampler
+from dsv3.data.batches import SequenceSampler
 from dsv3.data.prepare import PreparedData, load_prepared, prepare
 from dsv3.errors import UserError
 from dsv3.files import make_folder
@@ -20,12 +20,13 @@ from dsv3.model.balance import LoadBalancer, max_violation
 from dsv3.model.transformer import Transformer
 from dsv3.train.checkpoint import read_checkpoint, write_checkpoint
 from dsv3.train.config import TrainConfig
-from dsv3.train.device import pick_device, pick_dtype
+from dsv3.device import pick_device, pick_dtype
 from dsv3.train.evaluate import bits_per_byte
 from dsv3.train.optim import MasterAdamW
 from dsv3.train.run import Run
-from dsv3.train.schedule import learning_rate
+from dsv3.train.signals import StopSignals
 from dsv3.train.step import backward_step
+from dsv3.train.timetable import timetable
 
 
 class Display(Protocol):
@@ -54,38 +55,42 @@ class Trainer:
         )
         self.optimizer.load_masters(weights)
         self.balancer = LoadBalancer(self.model)
-        self.sampler = BatchSampler(data.train.ids, config.batch_size, config.seq_len, config.seed)
-        self.step = 0
+        self.sampler = SequenceSampler(data.train.ids, config.seq_len, config.seed)
+        self.timetable = list(timetable(config))
+        self.step = 0  # optimizer steps done: with the timetable, all there is to know of where the run is
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return len(self.timetable)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns its record. Raises `UserError` if the loss or the gradient is not finite."""
-        config = self.config
+        config, plan = self.config, self.timetable[self.step]
         started = time.perf_counter()
-        tokens_BS1 = self.sampler.batch(self.step).to(self.device)
         losses = backward_step(
             self.model,
             self.balancer,
-            tokens_BS1,
-            micro_batch_size=config.micro_batch_size or config.batch_size,
-            mtp_weight=config.mtp_weight,
+            self.sampler.sequences(plan.first_sequence, plan.sequences).to(self.device),
+            micro_batch_size=config.micro_batch_size or plan.sequences,
+            mtp_weight=plan.mtp_weight,
             eos_token_id=self.eos_token_id,
         )
-        rate = learning_rate(self.step, config)
-        norm = self.optimizer.step(rate, config.clip)
-        loads = self.balancer.update(config.bias_update_speed)
+        norm = self.optimizer.step(plan.learning_rate, config.clip)
+        loads = self.balancer.update(plan.bias_update_speed)
         self.step += 1
         record: dict[str, Any] = {"step": self.step, "loss": losses.main}
         if losses.mtp:
             record["mtp_loss"] = sum(losses.mtp) / len(losses.mtp)
-        record |= {"balance_loss": losses.balance, "lr": rate, "grad_norm": norm}
+        record |= {"balance_loss": losses.balance, "lr": plan.learning_rate, "grad_norm": norm}
         counted = {name: counts for name, counts in loads.items() if counts.any()}
         if counted:
             record["max_vio"] = sum(map(max_violation, counted.values())) / len(counted)
         seconds = time.perf_counter() - started
         record |= {
-            "tokens": self.step * config.batch_size * config.seq_len,
+            "tokens": plan.tokens,
             "seconds": seconds,
-            "tokens_per_second": config.batch_size * config.seq_len / seconds,
+            "tokens_per_second": plan.sequences * config.seq_len / seconds,
             "load": {
                 name: [round(share, 4) for share in (counts / counts.double().mean()).tolist()]
                 for name, counts in counted.items()
@@ -106,7 +111,7 @@ class Trainer:
             self.data.held_out.ids,
             self.data.tokenizer.token_bytes,
             seq_len=config.seq_len,
-            batch_size=config.micro_batch_size or config.batch_size,
+            batch_size=config.micro_batch_size or self.timetable[0].sequences,
             max_tokens=config.eval_tokens,
             eos_token_id=self.eos_token_id,
         )
@@ -115,9 +120,7 @@ class Trainer:
         """A checkpoint of this step."""
         return self.run.save_checkpoint(
             self.step,
-            lambda folder: write_checkpoint(
-                folder, self.model, self.optimizer, self.step, self.run.data / "tokenizer"
-            ),
+            lambda folder: write_checkpoint(folder, self.model, self.optimizer, self.step, self.run.data / "tokenizer"),
             self.config.keep,
         )
 
@@ -126,27 +129,22 @@ class Trainer:
         self.step = read_checkpoint(checkpoint, self.model, self.optimizer)
 
     def fit(self, display: Display) -> None:
-        """Steps until the last, with evaluations and checkpoints on the way; Ctrl-C saves and stops."""
+        """Steps until the last, with evaluations and checkpoints on the way; Ctrl-C or SIGTERM saves and stops."""
         config = self.config
-        try:
-            if self.step == 0:
-                self._log_evaluation(display)
-            while self.step < config.steps:
+        if self.step == 0:
+            self._log_evaluation(display)
+        with StopSignals() as stop:
+            while self.step < self.total_steps and not stop.asked:
                 record = self.train_step()
                 self.run.log(record)
                 display.update(self.step, record)
-                last = self.step == config.steps
+                last = self.step == self.total_steps
                 if last or self.step % config.eval_every == 0:
                     self._log_evaluation(display)
-                if last or self.step % config.save_every == 0:
+                if last or stop.asked or self.step % config.save_every == 0:
                     self.save()
-        except KeyboardInterrupt:
-            # A step that was cut off leaves half a gradient; weights and step count are those of the last whole one.
-            self.optimizer.zero_grad()
-            self.balancer.reset()
-            self.save()
+        if self.step < self.total_steps:
             display.log(f"stopped and saved at step {self.step}; continue: dsv3 train --resume {self.run.path}")
-            raise
 
     def _log_evaluation(self, display: Display) -> None:
         value = self.evaluate()
@@ -154,8 +152,8 @@ class Trainer:
         display.log(f"step {self.step}: held-out bits per byte {value:.4f}")
 
 
-def start_run(config: TrainConfig, display: Display) -> Trainer:
-    """Prepare the data and the folder of a new run; nothing is trained yet."""
+def start_run(config: TrainConfig, report: Callable[[str], None]) -> Trainer:
+    """Prepare the data and the folder of a new run, telling `report` of each stage; nothing is trained yet."""
     model_config = resolve_model(config.model)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -174,11 +172,9 @@ def start_run(config: TrainConfig, display: Display) -> Trainer:
             run.data,
             seed=config.seed,
             held_out=config.held_out,
-            progress=display.log,
+            progress=report,
         )
-    model_config = model_config.replace(
-        bos_token_id=data.tokenizer.bos_id, eos_token_id=data.tokenizer.eos_id
-    )
+    model_config = model_config.replace(bos_token_id=data.tokenizer.bos_id, eos_token_id=data.tokenizer.eos_id)
     # Resolved, so that a resumed run computes as it began, whatever the machine's default is by then.
     config = dataclasses.replace(config, device=device.type, dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
     make_folder(run.path)
@@ -193,7 +189,7 @@ def resume_run(path: Path) -> Trainer:
     run = Run.open(path)
     trainer = Trainer(run, run.settings(), load_config(run.path), load_prepared(run.data))
     if run.checkpoints():
-        trainer.restore(run.latest_checkpoint())
+        trainer.restore(run.checkpoints()[-1])
     return trainer
 
 

@@ -1,0 +1,182 @@
+"""Writing a checkpoint folder: all of it or nothing, and never more than one tensor in memory.
+
+All shapes and dtypes are known before the first byte, so every shard's header is written first and each tensor
+goes to its place as it comes. (safetensors' own `save_file` wants a whole shard at once.) Everything is written
+into a hidden folder beside the target, which takes the target's name when it is complete and on the disk: a
+crash, a full disk or an interrupt leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.checkpoint.hf_config import save_config
+from dsv3.checkpoint.reader import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
+from dsv3.errors import UserError
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_folder(
+    target: str | Path,
+    entries: Sequence[TensorEntry],
+    tensors: Iterable[tuple[str, Tensor]],
+    hf_config: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    copy_files: Iterable[Path] = (),
+) -> None:
+    """Write a checkpoint folder at `target`.
+
+    entries: what will be written, in the order in which `tensors` gives it. hf_config: the contents of config.json.
+    overwrite: replace a checkpoint at `target`, whole, once the new one is complete. max_shard_bytes: a shard holds
+    no more, unless a single tensor does. copy_files: further files to copy into the folder (a tokenizer).
+    Raises `UserError` if the target is in the way or the disk refuses; no half-written folder is left behind then.
+    """
+    target = Path(target).resolve()
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
+    _check_target(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(target, sum(entry.nbytes for entry in entries))
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        partial.mkdir()
+        try:
+            _write_files(partial, entries, tensors, hf_config, max_shard_bytes, copy_files)
+            _put_in_place(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; what was there before is untouched"
+        ) from error
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file, expected the name of a folder to write")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{target} exists and is not empty: choose another folder or ask to overwrite it")
+    # Overwriting removes the folder whole, so it must be a checkpoint and nothing more.
+    is_checkpoint = any((target / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
+    if not is_checkpoint or any(p.is_dir() for p in target.iterdir()):
+        raise UserError(
+            f"{target} is not overwritten because it is no mere checkpoint: remove it yourself if you mean to"
+        )
+
+
+def _check_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise UserError(f"{target} needs {needed / 1e9:.1f} GB, but {target.parent} has {free / 1e9:.1f} GB free")
+
+
+def _write_files(
+    folder: Path,
+    entries: Sequence[TensorEntry],
+    tensors: Iterable[tuple[str, Tensor]],
+    hf_config: Mapping[str, Any],
+    max_shard_bytes: int,
+    copy_files: Iterable[Path],
+) -> None:
+    stream = iter(tensors)
+    shards = _split(entries, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / file, shard, islice(stream, len(shard)))
+        weight_map |= {entry.name: file for entry in shard}
+    index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    save_config(folder, hf_config)
+    for path in copy_files:
+        shutil.copyfile(path, folder / path.name)
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def _split(entries: Sequence[TensorEntry], max_shard_bytes: int) -> list[list[TensorEntry]]:
+    """Consecutive entries into shards of at most `max_shard_bytes`, at least one entry each."""
+    shards: list[list[TensorEntry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    return shards
+
+
+def _write_shard(file: Path, entries: Sequence[TensorEntry], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """The safetensors format: header length (u64 little endian), JSON header, data without gaps."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # Wide dtypes first, so that each tensor starts at a multiple of its item size and can be mapped in place.
+    for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):
+        span = [offset, offset + entry.nbytes]
+        header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for entry, (name, tensor) in zip(entries, tensors, strict=True):
+            if (name, tuple(tensor.shape), tensor.dtype) != (entry.name, entry.shape, entry.dtype):
+                raise AssertionError(f"expected {entry}, got {name} {tuple(tensor.shape)} {tensor.dtype}")
+            out.seek(8 + len(text) + header[name]["data_offsets"][0])
+            out.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Give the finished folder its name; what had the name before goes last."""
+    old = partial.with_suffix(".old")
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(partial, target)
+    except BaseException:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
