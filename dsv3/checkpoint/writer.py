@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from torch import Tensor
 from dsv3.checkpoint.hf_config import save_config
 from dsv3.checkpoint.reader import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
 from dsv3.errors import UserError
+from dsv3.files import new_folder, refusals
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -63,21 +62,11 @@ def write_folder(
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
     _check_target(target, overwrite)
-    try:
+    with refusals(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_space(target, sum(entry.nbytes for entry in entries))
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-        partial.mkdir()
-        try:
-            _write_files(partial, entries, tensors, hf_config, max_shard_bytes, copy_files)
-            _put_in_place(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; what was there before is untouched"
-        ) from error
+    with new_folder(target, overwrite=overwrite) as folder:
+        _write_files(folder, entries, tensors, hf_config, max_shard_bytes, copy_files)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -121,9 +110,6 @@ def _write_files(
     save_config(folder, hf_config)
     for path in copy_files:
         shutil.copyfile(path, folder / path.name)
-    for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
 
 
 def _split(entries: Sequence[TensorEntry], max_shard_bytes: int) -> list[list[TensorEntry]]:
@@ -157,26 +143,3 @@ def _write_shard(file: Path, entries: Sequence[TensorEntry], tensors: Iterator[t
                 raise AssertionError(f"expected {entry}, got {name} {tuple(tensor.shape)} {tensor.dtype}")
             out.seek(8 + len(text) + header[name]["data_offsets"][0])
             out.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    """Give the finished folder its name; what had the name before goes last."""
-    old = partial.with_suffix(".old")
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(partial, target)
-    except BaseException:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

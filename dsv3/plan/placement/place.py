@@ -26,7 +26,7 @@ from dsv3.plan.placement.starts import contiguous, kicked, recounted
 from dsv3.plan.placement.traffic import traffic_of
 
 _UNEVEN = 0.01  # above what is possible at best: a layer further off is searched again
-_KICKS = 8
+_KICKS = 6
 
 
 @dataclass(frozen=True, eq=False)
