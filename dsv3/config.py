@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal
 
 from dsv3.errors import UserError
@@ -36,6 +37,10 @@ class RopeScaling:
     type: Literal["yarn"] = "yarn"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            _require(field.name == "type" or number, f"rope_scaling.{field.name}", value, "a finite number")
         _require(self.type == "yarn", "rope_scaling.type", self.type, "'yarn'")
         _require(self.factor >= 1, "rope_scaling.factor", self.factor, "at least 1")
         _require(
@@ -95,16 +100,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int":
-                _require(isinstance(value, int) and not isinstance(value, bool), field.name, value, "a whole number")
-            elif field.type == "float":
-                _require(
-                    isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
-                    field.name,
-                    value,
-                    "a finite number",
-                )
+            _check_type(field, getattr(self, field.name))
         for name in (
             "vocab_size hidden_size num_hidden_layers moe_layer_freq intermediate_size moe_intermediate_size "
             "num_experts_per_tok n_group topk_group num_attention_heads kv_lora_rank qk_nope_head_dim "
@@ -192,6 +188,25 @@ class ModelConfig:
         if name not in PRESETS:
             raise UserError(f"there is no preset '{name}'; choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
+
+
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "a whole number"),
+    "int | None": ((int, NoneType), "a whole number or null"),
+    "float": ((int, float), "a finite number"),
+    "bool": (bool, "true or false"),
+    "RopeScaling | None": ((RopeScaling, NoneType), "a RopeScaling or null"),
+}
+
+
+def _check_type(field: dataclasses.Field[Any], value: object) -> None:
+    """Before any comparison, so that a string from a file is refused by name and not by a traceback."""
+    if field.type in _TYPES:
+        types, expected = _TYPES[field.type]
+        ok = isinstance(value, types) and (types is bool or not isinstance(value, bool))
+        _require(ok and (not isinstance(value, float) or math.isfinite(value)), field.name, value, expected)
+    else:
+        _require(isinstance(value, str), field.name, value, "a string")
 
 
 def _require(ok: bool, field: str, value: object, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""What every test leans on: two threads, and random inputs that can be had again.
+"""What every test leans on: one thread, and random inputs that can be had again.
 
 A test's `seed` follows from its name and from `--seed` (default 0): each test has inputs of its own, a failure
 repeats, and `pytest --seed 7` tries the whole suite on others.
@@ -12,7 +12,8 @@ import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# Test models are tiny: a second thread costs more than it brings, and on a busy machine far more.
+torch.set_num_threads(1)
 
 # No test is timed: on a busy machine hypothesis' deadline would fail what is right.
 hypothesis.settings.register_profile("dsv3", deadline=None)

@@ -182,7 +182,7 @@ def block(
         out.append(u)
         seen.scores.append(scores_E)
         seen.chosen.append(chosen)
-        seen.weights.append([float(w) for w in g])
+        seen.weights.append([w.item() for w in g])
     return out, seen
 
 

@@ -158,8 +158,8 @@ def save_config(path: Path, hf: Mapping[str, Any]) -> None:
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The `ModelConfig` of the checkpoint folder `path`. Raises `UserError`, with the file's name."""
-    file = Path(path) / CONFIG_FILE
+    """The `ModelConfig` of a checkpoint folder or a config.json. Raises `UserError`, with the file's name."""
+    file = path if (path := Path(path)).suffix == ".json" else path / CONFIG_FILE
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -35,7 +35,7 @@ class LoadBalancer:
             if isinstance(module, Router)
         }
         self._names = list(routers)
-        self._biases = [router.e_score_correction_bias for router in routers.values()]
+        self._routers = list(routers.values())
         self._reduce = reduce if reduce is not None else lambda counts_LE: counts_LE
         first = next(iter(routers.values()), None)
         shape = (len(routers), first.config.n_routed_experts if first is not None else 0)
@@ -53,7 +53,8 @@ class LoadBalancer:
         """Move the biases by `gamma`, start counting anew, and return the step's counts per layer, [E] int64 each."""
         counts_LE = self._reduce(self._counts_LE)
         self._counts_LE = torch.zeros_like(counts_LE)
-        for bias_E, counts_E in zip(self._biases, counts_LE, strict=True):
+        for router, counts_E in zip(self._routers, counts_LE, strict=True):
+            bias_E = router.e_score_correction_bias
             # A layer that saw no token (an MTP layer that was switched off) has no load to balance.
             if bias_E is not None and gamma and counts_E.any():
                 bias_E.copy_(balanced_bias(bias_E, counts_E, gamma))

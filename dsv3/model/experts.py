@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dsv3.config import ModelConfig
 from dsv3.model.router import Router, Routing
 from dsv3.ops.experts import grouped_swiglu
+from dsv3.ops.recompute import recomputed
 from dsv3.ops.swiglu import swiglu
 
 
@@ -66,7 +67,7 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         order_N = routing.expert_ids_TK.flatten().argsort(stable=True)
         counts_E = torch.bincount(routing.expert_ids_TK.flatten(), minlength=routing.scores_TE.shape[1])
-        return Dispatched(_Gather.apply(x_TD, order_N), counts_E, order_N, routing.weights_TK)
+        return Dispatched(recomputed(_Gather.apply, x_TD, order_N), counts_E, order_N, routing.weights_TK)
 
     def combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Tensor:
         out: Tensor = _Combine.apply(rows_ND, dispatched.weights_TK, dispatched.order_N)

@@ -14,6 +14,7 @@ from dsv3.model.context import Context
 from dsv3.model.norm import RMSNorm
 from dsv3.model.rope import rotate, softmax_scale
 from dsv3.ops.attention import absorbed_attention, attention
+from dsv3.ops.recompute import recomputed
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -42,14 +43,14 @@ class MultiHeadLatentAttention(nn.Module):
         cos, sin = context.cos, context.sin
 
         if config.q_lora_rank is None:
-            q = self.q_proj(x_BSD)
+            q = recomputed(self.q_proj, x_BSD)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+            q = recomputed(self.q_b_proj, self.q_a_layernorm(self.q_a_proj(x_BSD)))
         q_nope_BSHN, q_rope_BSHR = q.unflatten(-1, (H, N + R)).split((N, R), dim=-1)
-        q_rope_BSHR = rotate(q_rope_BSHR, cos.unsqueeze(2), sin.unsqueeze(2))
+        q_rope_BSHR = recomputed(rotate, q_rope_BSHR, cos.unsqueeze(2), sin.unsqueeze(2))
 
         c_BSC, k_rope_BSR = self.kv_a_proj_with_mqa(x_BSD).split((config.kv_lora_rank, R), dim=-1)
-        c, k_rope = self.kv_a_layernorm(c_BSC), rotate(k_rope_BSR, cos, sin)
+        c, k_rope = self.kv_a_layernorm(c_BSC), recomputed(rotate, k_rope_BSR, cos, sin)
         if context.cache is not None:
             latents_BTX = context.cache.append(self.layer, torch.cat((c, k_rope), dim=-1))
             c, k_rope = latents_BTX.split((config.kv_lora_rank, R), dim=-1)
@@ -62,14 +63,20 @@ class MultiHeadLatentAttention(nn.Module):
                 q_nope_BSHN, q_rope_BSHR, c, k_rope, w_uk_HNC, w_uv_HVC, self.scale, context.mask
             )
         else:
-            k_nope_BTHN, v_BTHV = self.kv_b_proj(c).unflatten(-1, (H, -1)).split((N, config.v_head_dim), dim=-1)
+            kv_BTHNV = recomputed(self.kv_b_proj, c).unflatten(-1, (H, -1))
+            k_nope_BTHN, v_BTHV = kv_BTHNV.split((N, config.v_head_dim), dim=-1)
             k_rope_BTHR = k_rope.unsqueeze(2).expand(-1, -1, H, -1)
-            k_BTHK = torch.cat((k_nope_BTHN, k_rope_BTHR), dim=-1)
-            q_BSHK = torch.cat((q_nope_BSHN, q_rope_BSHR), dim=-1)
+            k_BTHK = recomputed(_join, k_nope_BTHN, k_rope_BTHR)
+            q_BSHK = recomputed(_join, q_nope_BSHN, q_rope_BSHR)
             out_BSHV = attention(
                 q_BSHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2), self.scale, context.mask
             ).transpose(1, 2)
-        return self.o_proj(out_BSHV.flatten(2))
+        # The kernel keeps its output; where that was padded, the copy without padding need not be kept too.
+        return self.o_proj(recomputed(torch.flatten, out_BSHV, 2))
+
+
+def _join(nope: Tensor, rope: Tensor) -> Tensor:
+    return torch.cat((nope, rope), dim=-1)
 
 
 def absorbing_pays(config: ModelConfig, num_queries: int, num_keys: int) -> bool:

@@ -13,6 +13,7 @@ from dsv3.model.block import Block
 from dsv3.model.context import Context
 from dsv3.model.norm import RMSNorm
 from dsv3.model.router import Routing
+from dsv3.ops.recompute import recomputed
 
 
 class MTPModule(nn.Module):
@@ -32,6 +33,10 @@ class MTPModule(nn.Module):
 
         The released `eh_proj` expects the embedding *first*, the reverse of the order printed in eq. 21.
         """
-        joined = torch.cat((self.enorm(embedding_BSD), self.hnorm(hidden_BSD)), dim=-1)
+        joined = recomputed(_join, self.enorm(embedding_BSD), self.hnorm(hidden_BSD))
         h_BSD, routing = self.block(self.eh_proj(joined), context)
         return self.norm(h_BSD), routing
+
+
+def _join(embedding_BSD: Tensor, hidden_BSD: Tensor) -> Tensor:
+    return torch.cat((embedding_BSD, hidden_BSD), dim=-1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsv3.config import ModelConfig
 from dsv3.model.aux_loss import inject_loss, sequence_balance_loss
 from dsv3.model.context import Context
+from dsv3.ops.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Router(nn.Module):
         config = self.config
         dtype = torch.promote_types(x_BSD.dtype, torch.float32)
         with torch.autocast(x_BSD.device.type, enabled=False):
-            logits_BSE = F.linear(x_BSD.to(dtype), self.weight.to(dtype))
+            logits_BSE = F.linear(recomputed(Tensor.to, x_BSD, dtype), self.weight.to(dtype))
             scores_BSE = logits_BSE.sigmoid() if config.scoring_func == "sigmoid" else logits_BSE.softmax(-1)
             balance_loss = None
             if context.aux_loss_scale:

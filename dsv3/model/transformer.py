@@ -5,7 +5,9 @@ Shapes: B batch, S tokens of this pass, D model, V vocabulary, X latent width of
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from dsv3.model.mtp import MTPModule
 from dsv3.model.norm import RMSNorm
 from dsv3.model.rope import cos_sin, inverse_frequencies
 from dsv3.model.router import Router, Routing
+from dsv3.ops.recompute import selective_recomputation
+
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,32 @@ class Transformer(nn.Module):
     """DeepSeek-V3. `model(tokens_BS)` gives `.logits` and `.mtp_logits`.
 
     Weights are drawn from a normal of std `initializer_range` (norms 1, biases 0) with torch's global generator.
-    `recompute = True` keeps only block inputs in training and runs each block again in the backward pass.
+    `recompute` says what the backward pass makes again to save memory: "none" of it; "selective", what is cheap (norms,
+    MLA's up-projections, SwiGLU outputs; see `ops.recompute`); "full", every block from its input.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False
+        self.recompute = "none"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTPModule(config, k + 1) for k in range(config.num_nextn_predict_layers))
         self.init_weights()
+
+    @property
+    def recompute(self) -> Recompute:
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: Recompute) -> None:
+        if isinstance(value, bool):  # TEMPORARY bridge while the callers are moved over
+            value = "full" if value else "none"
+        if value not in get_args(Recompute):
+            raise UserError(f"recompute is {value!r}, expected one of {', '.join(get_args(Recompute))}")
+        self._recompute = value
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -137,10 +155,10 @@ class Transformer(nn.Module):
         return self.norm(h_BSD), routings
 
     def _run(self, module: nn.Module, *args: object) -> tuple[Tensor, Routing | None]:
-        if self.recompute and torch.is_grad_enabled():
-            out: tuple[Tensor, Routing | None] = checkpoint(
-                module, *args, use_reentrant=False, preserve_rng_state=False
-            )
+        out: tuple[Tensor, Routing | None]
+        if self.recompute == "full" and torch.is_grad_enabled():
+            out = checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
             return out
-        result: tuple[Tensor, Routing | None] = module(*args)
-        return result
+        with selective_recomputation() if self.recompute == "selective" else nullcontext():
+            out = module(*args)
+        return out

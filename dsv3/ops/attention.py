@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.ops.recompute import recomputed
+
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     """[S, T] bool, True where query i (at position T - S + i) may look at key j <= that position."""
@@ -37,7 +39,7 @@ def attention(q_BHSK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float, mask
     """
     S, T = q_BHSK.shape[2], k_BHTK.shape[2]
     width = v_BHTV.shape[-1]
-    v = F.pad(v_BHTV, (0, k_BHTK.shape[-1] - width)) if width < k_BHTK.shape[-1] else v_BHTV
+    v = recomputed(F.pad, v_BHTV, (0, k_BHTK.shape[-1] - width)) if width < k_BHTK.shape[-1] else v_BHTV
     causal = mask is None and S == T
     if mask is None and not causal and S > 1:
         mask = causal_mask(S, T, q_BHSK.device)

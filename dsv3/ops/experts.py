@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3.ops.swiglu import swiglu, swiglu_backward
+from dsv3.ops.swiglu import reference_swiglu, swiglu, swiglu_backward
 
 
 def reference_grouped_swiglu(x_ND: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
     """down_e (silu(gate_e x) * up_e x) for every row x of every expert e; G = 2F, gate rows first. Returns [N, D]."""
     groups = x_ND.split(counts_E.tolist())
     return torch.cat(
-        [swiglu(x @ w1.T) @ w2.T for x, w1, w2 in zip(groups, gate_up_EGD.unbind(), down_EDF.unbind(), strict=True)]
+        [
+            reference_swiglu(x @ w1.T) @ w2.T
+            for x, w1, w2 in zip(groups, gate_up_EGD.unbind(), down_EDF.unbind(), strict=True)
+        ]
     )
 
 

@@ -7,12 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3 import compat
+from dsv3.ops.recompute import recomputed
 
 
-def swiglu(h: Tensor) -> Tensor:
+def reference_swiglu(h: Tensor) -> Tensor:
     """silu(h[..., :F]) * h[..., F:] for h [..., 2F]; returns [..., F]."""
     gate, up = h.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """`reference_swiglu` that keeps only h for its backward pass."""
+    return recomputed(_SwiGLU.apply, h)
 
 
 def swiglu_backward(h: Tensor, grad: Tensor) -> Tensor:
@@ -23,3 +29,16 @@ def swiglu_backward(h: Tensor, grad: Tensor) -> Tensor:
     torch.mul(F.silu(gate), grad, out=d_up)
     d_gate.copy_(compat.silu_backward(grad * up, gate))
     return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(h)
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (h,) = ctx.saved_tensors
+        return swiglu_backward(h, grad)

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +25,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from dsv3.errors import UserError
+from dsv3.files import atomic_writer, make_folder
 from dsv3.plan.display import table
 from dsv3.plan.schedules import METHODS, Op, OverlappedPair, Schedule, Step, make_schedule
 
@@ -50,11 +49,9 @@ class Durations:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            least = 0 if name == "transfer" else math.ulp(0)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= least):
-                raise UserError(
-                    f"duration '{name}' is {value!r}, expected a finite number {'≥' if least == 0 else '>'} 0"
-                )
+            if not math.isfinite(value) or value < 0 or (value == 0 and name != "transfer"):
+                expected = "of at least 0" if name == "transfer" else "above 0"
+                raise UserError(f"duration '{name}' is {value}, expected a finite number {expected}")
 
     @classmethod
     def from_mapping(cls, times: Mapping[str, float]) -> Durations:
@@ -65,6 +62,9 @@ class Durations:
         unknown = set(times) - {"F", "B", "I", "W", "F&B", "P2P"}
         if unknown or not {"F", "B"} <= set(times):
             raise UserError(f"durations have the keys {sorted(times)}; expected F and B, and any of I, W, F&B, P2P")
+        for name, value in times.items():
+            if not isinstance(value, (int, float)):
+                raise UserError(f"duration '{name}' is {value!r}, expected a number")
         weight_gradient = times.get("W", times["B"] / 2)
         return cls(
             forward=times["F"],
@@ -249,26 +249,9 @@ def chrome_trace(timeline: Timeline, *, microseconds_per_unit: float = 1000.0) -
 
 def save_chrome_trace(timeline: Timeline, path: str | Path) -> None:
     """Writes `chrome_trace(timeline)` as JSON, atomically."""
-    write_atomically(Path(path), json.dumps(chrome_trace(timeline)).encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data` in one step: a crash leaves the old file or the new one, never half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written"
-        ) from error
+    make_folder(Path(path).parent)
+    with atomic_writer(Path(path)) as file:
+        file.write(json.dumps(chrome_trace(timeline)).encode())
 
 
 def plan_pipeline(
@@ -326,7 +309,11 @@ def _compare(schedule: Schedule, durations: Durations) -> dict[str, Any]:
 
 
 def _bubble_formula(schedule: Schedule, durations: Durations) -> float | None:
-    """The published bubble: table 2 of the DeepSeek-V3 report, and Narayanan et al. 2021; None where there is none."""
+    """The published bubble: table 2 of the DeepSeek-V3 report, and Narayanan et al. 2021; None where there is none.
+
+    Without transfers and with enough micro-batches the first two are exact for any durations, ZB1P's for W no longer
+    than I, DualPipe's and DualPipeV's for F = I = W. (For DualPipeV the report's PP is its number of stages, halves.)
+    """
     times, last = durations, schedule.num_ranks - 1
     match schedule.name:
         case "1F1B":

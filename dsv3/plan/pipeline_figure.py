@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -10,7 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from dsv3.plan.pipeline import Span, Timeline, write_atomically
+from dsv3.files import atomic_writer, make_folder
+from dsv3.plan.pipeline import Span, Timeline
 from dsv3.plan.schedules import Op
 
 _NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
@@ -46,9 +46,9 @@ def pipeline_figure(timeline: Timeline, path: str | Path) -> None:
             _draw_step(axes, timeline, rank, span, inches_per_time)
     _frame(axes, timeline)
     _legend(figure, timeline)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(Path(path), buffer.getvalue())
+    make_folder(Path(path).parent)
+    with atomic_writer(Path(path)) as file:
+        figure.savefig(file, format="png")
 
 
 def _draw_step(axes: Axes, timeline: Timeline, rank: int, span: Span, inches_per_time: float) -> None:

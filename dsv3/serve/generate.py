@@ -29,6 +29,7 @@ class GenerationStats:
     """Filled in while tokens come."""
 
     new_tokens: int = 0
+    decoded_tokens: int = 0  # of them, those after the prompt's pass
     decode_steps: int = 0  # passes of the main model after the prompt's
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -37,8 +38,8 @@ class GenerationStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding; the first token belongs to the prompt's pass."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+        """Of decoding; a row's first token belongs to the prompt's pass."""
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
     @property
     def acceptance(self) -> float:
@@ -78,7 +79,7 @@ def generate(
     rows that end early are filled up with it. `speculative` needs a model with MTP modules and runs the rows one
     after another. Raises `UserError` for an empty prompt, ids outside the vocabulary, too many tokens.
     """
-    prompt_BS = torch.as_tensor(tokens, dtype=torch.int64)
+    prompt_BS = _as_tensor(tokens)
     single = prompt_BS.dim() == 1
     prompt_BS = prompt_BS.unsqueeze(0) if single else prompt_BS
     params = SamplingParams(temperature, top_p, seed)
@@ -149,8 +150,7 @@ def _plain(
             tokens_B[ended_B] = eos
             ended_B |= tokens_B == eos
         inputs_BS = tokens_B.unsqueeze(1).to(device)
-        _clock(stats, start, prefill=step == 0)
-        stats.new_tokens += B
+        _count(stats, start, B, prefill=step == 0)
         yield tokens_B
         if ended_B.all():
             return
@@ -181,8 +181,7 @@ def _speculative(
     start = time.perf_counter()
     hidden_1SD = model.extend(prompt_1S.to(device), cache)
     known.append(int(draw(distribution(model.lm_head(hidden_1SD[:, -1]), params), generator)))
-    _clock(stats, start, prefill=True)
-    stats.new_tokens += 1
+    _count(stats, start, 1, prefill=True)
     yield known[-1:]
 
     while len(known) < end and known[-1] != eos:
@@ -201,8 +200,7 @@ def _speculative(
         for layer in range(model.config.num_hidden_layers):
             cache.truncate(layer, cache.length(layer) - (len(drafts) - stood))
         stats.count_drafts(len(drafts), stood)
-        _clock(stats, start, prefill=False)
-        stats.new_tokens += len(new)
+        _count(stats, start, len(new), prefill=False)
         yield new
 
 
@@ -247,6 +245,19 @@ class Drafter:
         return drafts, torch.cat(probs)
 
 
+def _as_tensor(tokens: Tensor | Sequence[int]) -> Tensor:
+    expected = "expected token ids, [S] or [B, S] whole numbers"
+    try:
+        prompt = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the prompt is no array ({error}), {expected}") from None
+    if prompt.dim() not in (1, 2) or len(prompt) == 0 and prompt.dim() == 2:
+        raise UserError(f"the prompt has shape {list(prompt.shape)}, {expected}")
+    if prompt.numel() and (prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool):
+        raise UserError(f"the prompt has dtype {prompt.dtype}, {expected}")
+    return prompt.to(torch.int64)
+
+
 def _check(config: ModelConfig, prompt_BS: Tensor, max_new_tokens: int) -> None:
     S = prompt_BS.shape[1]
     if S == 0:
@@ -268,10 +279,13 @@ def _cache(model: Transformer, batch_size: int, length: int) -> LatentCache:
     return LatentCache(model.config, batch_size, length, dtype=weight.dtype, device=weight.device)
 
 
-def _clock(stats: GenerationStats, start: float, *, prefill: bool) -> None:
+def _count(stats: GenerationStats, start: float, tokens: int, *, prefill: bool) -> None:
+    """Add a pass of the main model that began at `start` and gave `tokens`."""
     seconds = time.perf_counter() - start
+    stats.new_tokens += tokens
     if prefill:
         stats.prefill_seconds += seconds
     else:
+        stats.decoded_tokens += tokens
         stats.decode_seconds += seconds
         stats.decode_steps += 1

@@ -70,5 +70,7 @@ def verify_drafts(
         if torch.rand((), generator=generator) * q < p:
             continue
         rest = (target_probs_KV[k] - draft_probs_KV[k]).clamp_min(0)
+        if not rest.any():
+            continue  # p and q are equal but for rounding: the draft stands
         return k, int(draw((rest / rest.sum()).unsqueeze(0), generator))
     return len(drafts), int(draw(target_probs_KV[len(drafts)].unsqueeze(0), generator))

@@ -152,7 +152,6 @@ def test_balancing_evens_out_the_load(generator):
     assert max(violations[-5:]) < 1.5
 
 
-@pytest.mark.xfail(reason="LoadBalancer keeps the bias tensors of the moment it is made", strict=True)
 @pytest.mark.parametrize("change", ["double", "assign"])
 def test_the_balancer_follows_a_model_whose_tensors_are_replaced(change, model):
     balancer = LoadBalancer(model)

@@ -59,19 +59,19 @@ def test_the_dispatcher_can_be_replaced_from_outside(generator):
     h = torch.randn(2, 5, config.hidden_size, dtype=torch.float64, generator=generator)
     expected, _ = block(h, context(config, 5))
 
-    class Watched(LocalDispatcher):
-        seen = []
+    seen = []
 
+    class Watched(LocalDispatcher):
         def dispatch(self, x_TD, routing):
-            self.seen.append(("dispatch", tuple(x_TD.shape)))
+            seen.append(("dispatch", tuple(x_TD.shape)))
             return super().dispatch(x_TD, routing)
 
         def combine(self, rows_ND, dispatched):
-            self.seen.append(("combine", tuple(rows_ND.shape)))
+            seen.append(("combine", tuple(rows_ND.shape)))
             return super().combine(rows_ND, dispatched)
 
     block.mlp.dispatcher = Watched()
     out, _ = block(h, context(config, 5))
     assert torch.equal(out, expected)
     D = config.hidden_size
-    assert Watched.seen == [("dispatch", (10, D)), ("combine", (10 * config.num_experts_per_tok, D))]
+    assert seen == [("dispatch", (10, D)), ("combine", (10 * config.num_experts_per_tok, D))]

@@ -79,7 +79,9 @@ def test_only_the_distance_between_query_and_key_counts(generator):
     q, k = torch.randn(2, 64, dtype=torch.float64, generator=generator)
 
     def product(i: int, j: int) -> float:
-        return float(rotate(q, *cos_sin(V3, inv_freq, torch.tensor(i))) @ rotate(k, *cos_sin(V3, inv_freq, torch.tensor(j))))
+        return float(
+            rotate(q, *cos_sin(V3, inv_freq, torch.tensor(i))) @ rotate(k, *cos_sin(V3, inv_freq, torch.tensor(j)))
+        )
 
     assert product(0, 0) == pytest.approx(float(q @ k))
     assert product(105, 100) == pytest.approx(product(5, 0), abs=1e-3)

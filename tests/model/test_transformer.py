@@ -34,7 +34,9 @@ def test_the_model_is_the_reference(config, generator):
         assert routing.expert_ids_TK.tolist() == [ids for layer in layers for ids in layer.chosen]
         weights = torch.tensor([w for layer in layers for w in layer.weights], dtype=torch.float64)
         torch.testing.assert_close(routing.weights_TK, weights, **close)
-        torch.testing.assert_close(routing.scores_TE, torch.stack([s for layer in layers for s in layer.scores]), **close)
+        torch.testing.assert_close(
+            routing.scores_TE, torch.stack([s for layer in layers for s in layer.scores]), **close
+        )
         counts = [layer.counts(config.n_routed_experts) for layer in layers]
         assert routing.counts_E.tolist() == [sum(both) for both in zip(*counts, strict=True)]
 
@@ -49,7 +51,9 @@ def test_a_later_token_changes_nothing_earlier_and_something_from_there_on(confi
         other[0, changed] = (other[0, changed] + 1) % config.vocab_size
         after = model(other)
         # Depth k reads token i+k at position i (the main model is depth 0).
-        for depth, (a, b) in enumerate(zip((before.logits, *before.mtp_logits), (after.logits, *after.mtp_logits), strict=True)):
+        for depth, (a, b) in enumerate(
+            zip((before.logits, *before.mtp_logits), (after.logits, *after.mtp_logits), strict=True)
+        ):
             first = max(changed - depth, 0)
             torch.testing.assert_close(b[:, :first], a[:, :first], atol=1e-10, rtol=0)
             moved = (b - a).abs().amax(-1)[0]

@@ -50,7 +50,9 @@ def test_the_definition_in_loops(S, T, masked, generator):
 @each_size
 @each_width
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
 def test_fused_is_the_definition(S, T, V, masked, dtype, tolerance, generator):
     inputs = random_qkv(S, T, V, generator, dtype)
     mask = random_mask(S, T, generator) if masked else None
@@ -118,6 +120,13 @@ def test_the_softmax_is_float32_under_bfloat16(generator):
     for function in (attention, reference_attention):
         assert function(q, ones, values, 1.0, None).float().mean().item() == pytest.approx(mean, rel=0.01)
     out = absorbed_attention(
-        q.transpose(1, 2), q.transpose(1, 2), values[0], ones[0], torch.zeros_like(ones[0, :, :4]), ones[0, :, :4], 1.0, None
+        q.transpose(1, 2),
+        q.transpose(1, 2),
+        values[0],
+        ones[0],
+        torch.zeros_like(ones[0, :, :4]),
+        ones[0, :, :4],
+        1.0,
+        None,
     )
     assert out.float().mean().item() == pytest.approx(4 * mean, rel=0.01)

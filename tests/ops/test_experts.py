@@ -26,7 +26,9 @@ each_load = pytest.mark.parametrize("counts", LOADS.values(), ids=LOADS.keys())
 def random_problem(counts, generator, dtype=torch.float64, sizes=(D, F)):
     d, f = sizes
     shapes = [(sum(counts), d), (len(counts), 2 * f, d), (len(counts), d, f)]
-    tensors = [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    tensors = [
+        torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for shape in shapes
+    ]
     return tensors[0], torch.tensor(counts), *tensors[1:]
 
 

@@ -14,61 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3.config import ModelConfig, RopeScaling
+from dsv3.config import ModelConfig
 from dsv3.model.context import Context
 from dsv3.model.rope import cos_sin, inverse_frequencies
 from dsv3.model.router import Routing
 from dsv3.model.transformer import Transformer
-from tests.parity.twin import TINY, assert_close, clear_tokens, make_twin, watch
-
-# Shorter than the sequences of `tokens_for`; pairs below, on and above the ramp.
-YARN = RopeScaling(factor=4, original_max_position_embeddings=64, beta_fast=4)
-
-# Their V2 wants a hidden size that its heads divide.
-V2 = TINY.replace(
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    scoring_func="softmax",
-    topk_method="greedy",
-    norm_topk_prob=False,
-    n_shared_experts=2,
-)
-
-CASES: dict[str, ModelConfig] = {
-    "v3": TINY,
-    "no q_lora": TINY.replace(q_lora_rank=None),
-    "yarn": TINY.replace(rope_scaling=YARN),
-    "yarn, no q_lora": TINY.replace(rope_scaling=YARN, q_lora_rank=None),
-    "yarn that scales cos and sin": TINY.replace(
-        rope_scaling=RopeScaling(factor=4, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=0.5)
-    ),
-    "many groups": TINY.replace(n_group=8, topk_group=3, num_experts_per_tok=6),
-    "no normalisation": TINY.replace(norm_topk_prob=False, routed_scaling_factor=1.0),
-    "all dense": TINY.replace(first_k_dense_replace=4),
-    "all MoE": TINY.replace(first_k_dense_replace=0, n_shared_experts=3),
-    "values wider than keys": TINY.replace(hidden_size=52, v_head_dim=44, qk_rope_head_dim=4, kv_lora_rank=20),
-    "moonlight": TINY.replace(
-        n_group=1,
-        topk_group=1,
-        n_shared_experts=2,
-        q_lora_rank=None,
-        rope_theta=50000.0,
-        num_experts_per_tok=6,
-        routed_scaling_factor=2.446,
-    ),
-    "v2 greedy": V2.replace(
-        q_lora_rank=None, n_group=1, topk_group=1, num_experts_per_tok=6, routed_scaling_factor=1.0
-    ),
-    "v2 group_limited_greedy": V2.replace(
-        topk_method="group_limited_greedy",
-        n_group=8,
-        topk_group=3,
-        routed_scaling_factor=4.0,
-        rope_scaling=RopeScaling(
-            factor=4, original_max_position_embeddings=64, mscale=0.707, mscale_all_dim=0.707, beta_fast=4
-        ),
-    ),
-}
+from tests.parity.configs import CASES
+from tests.parity.twin import assert_close, clear_tokens, make_twin, watch
 
 cases = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 

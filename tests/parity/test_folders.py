@@ -11,8 +11,8 @@ import torch
 from dsv3.checkpoint.names import canonical_tensors
 from dsv3.checkpoint.pretrained import load_pretrained
 from dsv3.config import ModelConfig
-from tests.parity.test_blocks import CASES
-from tests.parity.twin import TINY, assert_close, clear_tokens, make_twin, their_tensor
+from tests.parity.configs import CASES, TINY
+from tests.parity.twin import assert_close, clear_tokens, make_twin, their_tensor
 
 
 @pytest.mark.parametrize("case", ["v3", "yarn, no q_lora", "moonlight", "v2 greedy", "v2 group_limited_greedy"])

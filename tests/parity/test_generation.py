@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from dsv3.model.cache import LatentCache
 from dsv3.serve.generate import generate
-from tests.parity.test_blocks import CASES
+from tests.parity.configs import CASES
 from tests.parity.twin import assert_close, clear_tokens, make_twin, random_tokens
 
 cases = pytest.mark.parametrize("case", ["v3", "yarn, no q_lora", "moonlight", "v2 group_limited_greedy"])

@@ -17,7 +17,7 @@ from dsv3.checkpoint.names import canonical_tensors
 from dsv3.config import ModelConfig
 from dsv3.model.balance import LoadBalancer
 from dsv3.train.step import backward_step
-from tests.parity.test_blocks import CASES
+from tests.parity.configs import CASES
 from tests.parity.twin import Twin, assert_close, clear_tokens, make_twin, their_tensor
 
 MTP_WEIGHT = 0.3

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.test_blocks import CASES
+from tests.parity.configs import CASES
 from tests.parity.twin import (
     TheirMatches,
     assert_close,

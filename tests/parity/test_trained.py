@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,18 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.transformer import Transformer
 from dsv3.serve.generate import generate
 from dsv3.train.config import TrainConfig
-from dsv3.train.display import TrainDisplay
 from dsv3.train.trainer import start_run
 from tests.parity.twin import TheirMatches, Twin, assert_close, assert_same_speculation, load_theirs
 
 NEW_TOKENS = 48
+
+
+class Silence:
+    """Shows no progress."""
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def log(self, message: str) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +55,16 @@ def checkpoint(request: pytest.FixtureRequest, phrases: list[str], tmp_path_fact
         out=folder / "run",
         model=str(folder),
         data=str(text),
-        steps=80,
-        batch_size=16,
+        tokens=str(80 * 16 * 48),
+        batch_size="16",
         seq_len=48,
         eval_tokens=1000,
         seed=rng.randrange(2**31),
         device="cpu",
         dtype="float32",
     )
-    with TrainDisplay(settings.steps, quiet=True) as display:
-        trainer = start_run(settings, display)
-        trainer.fit(display)
+    trainer = start_run(settings, report=lambda message: None)
+    trainer.fit(Silence())
     losses = [record["loss"] for record in trainer.run.records() if "loss" in record]
     assert losses[-1] < 0.5 * losses[0]  # it did learn
     return trainer.run.checkpoints()[-1]

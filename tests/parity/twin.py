@@ -27,33 +27,6 @@ from dsv3.model.router import Router
 from dsv3.model.transformer import Transformer
 from dsv3.serve.generate import GenerationStats, generate
 
-# No width is a multiple of 128, nor equal to another one that it could be mistaken for.
-TINY = ModelConfig(
-    vocab_size=101,
-    hidden_size=68,
-    num_hidden_layers=4,
-    first_k_dense_replace=1,
-    intermediate_size=92,
-    moe_intermediate_size=28,
-    n_shared_experts=1,
-    n_routed_experts=16,
-    num_experts_per_tok=4,
-    n_group=4,
-    topk_group=2,
-    num_attention_heads=3,
-    num_key_value_heads=3,
-    q_lora_rank=36,
-    kv_lora_rank=24,
-    qk_nope_head_dim=20,
-    qk_rope_head_dim=16,
-    v_head_dim=12,
-    max_position_embeddings=256,
-    num_nextn_predict_layers=0,
-    bos_token_id=None,
-    eos_token_id=None,
-)
-
-
 # Gives how many drafts stood in each verification that transformers made since it was last called.
 TheirMatches = Callable[[], list[int]]
 
@@ -143,7 +116,7 @@ def clear_tokens(model: Transformer, batch: int, length: int, generator: torch.G
 
 
 def selection_margin(scores_TE: Tensor, bias_E: Tensor | None, config: ModelConfig) -> float:
-    """By how much the last group and the last expert that were taken beat the first ones that were not; least of all."""
+    """By how much the last group and the last expert taken beat the first ones that were not, at its smallest."""
     selection_TE = scores_TE if bias_E is None else scores_TE + bias_E
     margins = [1.0]
     if config.topk_method != "greedy" and config.topk_group < config.n_group:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv3.model.transformer import Transformer
 from dsv3.serve.generate import Drafter, GenerationStats, generate
 from dsv3.serve.sampling import SamplingParams, distribution
-from tests.statistics import chi_square_p
+from tests.chi_square import chi_square_p
 from tests.variants import BASE, VARIANTS, YARN, random_model, random_tokens
 
 
@@ -72,17 +72,20 @@ def model_of_depth(depth: int, generator: torch.Generator, **changes) -> Transfo
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("prompt_length", [1, 2, 3, 6])
 def test_every_pattern_of_right_and_wrong_drafts(depth, prompt_length, generator):
-    model = model_of_depth(depth, generator, q_lora_rank=None if depth == 2 else 24)
+    model = model_of_depth(depth, generator, max_position_embeddings=96, q_lora_rank=None if depth == 2 else 24)
     prompt = random_tokens(BASE, (prompt_length,), generator)
-    # What one round leaves behind, the next one meets: every number of drafts that stand, behind every other.
-    patterns = list(itertools.product((False, True), repeat=depth))
-    outcomes = [(True,) * stood + (False,) * (depth - stood) for stood in range(depth + 1)]
-    sequence = [*patterns, *(p for pair in itertools.product(outcomes, repeat=2) for p in pair)]
-    text = generate(model, prompt, max_new_tokens=50).tolist()
+    # What one round leaves behind, the next one meets: every number of standing drafts comes behind every other.
+    stands = [n for i in range(depth + 1) for n in (i, *(n for j in range(i + 1, depth + 1) for n in (i, j)))] + [0]
+    assert len(set(itertools.pairwise(stands))) == (depth + 1) ** 2
+    sequence = [(True,) * n + (False,) * (depth - n) for n in stands]
+    sequence += itertools.product((False, True), repeat=depth)
+    steps = 1 + sum((*bits, False).index(False) + 1 for bits in sequence) + depth
+    text = generate(model, prompt, max_new_tokens=steps).tolist()
     stats = GenerationStats()
     with forced_drafts(model, text, sequence) as forced:
-        out = generate(model, prompt, max_new_tokens=50, speculative=True, stats=stats)
+        out = generate(model, prompt, max_new_tokens=steps, speculative=True, stats=stats)
     assert out.tolist() == text
+    assert not forced.pattern
     # As many tokens a round as drafts were right, and one.
     expected_drafted, expected_accepted, known, rounds = [0] * depth, [0] * depth, prompt_length + 1, 0
     while known < len(text):
@@ -96,7 +99,7 @@ def test_every_pattern_of_right_and_wrong_drafts(depth, prompt_length, generator
         known += stood + 1
         rounds += 1
     assert stats.decode_steps == rounds == len(forced.asked)
-    assert (stats.drafted, stats.accepted, stats.new_tokens) == (expected_drafted, expected_accepted, 50)
+    assert (stats.drafted, stats.accepted, stats.new_tokens) == (expected_drafted, expected_accepted, steps)
     assert stats.acceptance == sum(expected_accepted) / sum(expected_drafted)
 
 

@@ -56,6 +56,11 @@ class Cluster:
         return np.arange(self.num_replicas) // self.slots_per_gpu
 
     @property
+    def node_of_slot(self) -> NDArray[np.int64]:
+        """The node of each slot, [num_replicas]."""
+        return self.gpu_of_slot // self.gpus_per_node
+
+    @property
     def groups_fill_nodes(self) -> bool:
         """Whether whole groups can be dealt out to the nodes, as many to each."""
         return self.num_groups % self.num_nodes == 0

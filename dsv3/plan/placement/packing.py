@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 
 def replicate(weight_XE: Floats, num_replicas: int) -> tuple[Ints, Ints, Ints]:

@@ -9,13 +9,12 @@ Shape suffixes: L layers, E experts, D GPUs, R replicas, S slots of a GPU.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dsv3.plan.placement.cluster import Cluster
-from dsv3.plan.placement.packing import Floats, Ints
+from dsv3.plan.placement.packing import Floats, Ints, Mask
 
 
-def find_duplicates(expert_LR: Ints, cluster: Cluster) -> NDArray[np.bool_]:
+def find_duplicates(expert_LR: Ints, cluster: Cluster) -> Mask:
     """[L, R]: whether an earlier slot of the same GPU holds the same expert."""
     expert_LDS = expert_LR.reshape(len(expert_LR), cluster.num_gpus, cluster.slots_per_gpu)
     order_LDS = np.argsort(expert_LDS, axis=2, kind="stable")
@@ -29,28 +28,30 @@ def drop_duplicates(expert_LR: Ints, weight_LE: Floats, cluster: Cluster) -> Int
     """The placement without duplicates, counting on replicas that share their expert's tokens evenly.
 
     A duplicate is swapped with the replica elsewhere that leaves the two GPUs least busy, if that makes no GPU the
-    busiest; otherwise the expert with the heaviest replicas that is not on its GPU takes its slot.
+    busiest; otherwise the expert with the heaviest replicas that is not on its GPU takes its slot. Both stay within the
+    node if they can, so that groups do.
     """
     expert_LR = expert_LR.copy()
+    gpu_R, node_R = cluster.gpu_of_slot, cluster.node_of_slot
     for layer in np.flatnonzero(find_duplicates(expert_LR, cluster).any(axis=1)):
         expert_R, weight_E = expert_LR[layer], weight_LE[layer]
         count_E = np.bincount(expert_R, minlength=len(weight_E))
         while len(duplicates := np.flatnonzero(find_duplicates(expert_R[None], cluster)[0])):
             slot = duplicates[0]
-            on_gpu_E, load_R = _on_gpu(slot, expert_R, len(weight_E), cluster), (weight_E / count_E)[expert_R]
+            absent_E, same_node_R = _absent(slot, expert_R, len(weight_E), cluster), node_R == node_R[slot]
+            load_R = (weight_E / count_E)[expert_R]
             load_D = load_R.reshape(cluster.num_gpus, -1).sum(axis=1)
             has_it_D = (expert_R == expert_R[slot]).reshape(cluster.num_gpus, -1).any(axis=1)
             lighter_R = load_R[slot] - load_R
-            busier_R = np.maximum(
-                load_D[cluster.gpu_of_slot[slot]] - lighter_R, load_D[cluster.gpu_of_slot] + lighter_R
-            )
-            busier_R[on_gpu_E[expert_R] | has_it_D[cluster.gpu_of_slot]] = np.inf
-            other = busier_R.argmin()
-            if busier_R[other] <= load_D.max():
+            busier_R = np.maximum(load_D[gpu_R[slot]] - lighter_R, load_D[gpu_R] + lighter_R)
+            fits_R = absent_E[expert_R] & ~has_it_D[gpu_R] & (busier_R <= load_D.max())
+            if fits_R.any():
+                other = np.where(_narrow(fits_R, same_node_R), busier_R, np.inf).argmin()
                 expert_R[slot], expert_R[other] = expert_R[other], expert_R[slot]
             else:
+                on_node_E = np.isin(np.arange(len(weight_E)), expert_R[same_node_R])
                 count_E[expert_R[slot]] -= 1
-                expert_R[slot] = np.where(on_gpu_E, -1, weight_E / count_E).argmax()
+                expert_R[slot] = np.where(_narrow(absent_E, on_node_E), weight_E / count_E, -1).argmax()
                 count_E[expert_R[slot]] += 1
     return expert_LR
 
@@ -74,7 +75,7 @@ def merge_duplicates(expert_R: Ints, weight_E: Floats, cluster: Cluster) -> tupl
         load_R = share_R * weight_E[expert_R]
         load_D = load_R.reshape(cluster.num_gpus, -1).sum(axis=1)
         # The replica to relieve: on the busiest GPU that has one to spare for this slot, the one that carries most.
-        fits_R = ~_on_gpu(slot, expert_R, len(weight_E), cluster)[expert_R]
+        fits_R = _absent(slot, expert_R, len(weight_E), cluster)[expert_R]
         busy_R = np.where(fits_R, load_D[gpu_R], -1)
         relieved = np.where(busy_R == busy_R.max(), load_R, -1).argmax()
         moved = np.clip((load_D[gpu_R[relieved]] - load_D[gpu_R[slot]]) / 2, 0, load_R[relieved])
@@ -101,8 +102,14 @@ def keep_slots(expert_LR: Ints, current_LR: Ints, cluster: Cluster) -> Ints:
     return kept_LDS.reshape(expert_LR.shape)
 
 
-def _on_gpu(slot: np.integer, expert_R: Ints, num_experts: int, cluster: Cluster) -> NDArray[np.bool_]:
-    """[E]: which experts are on the GPU of `slot`."""
-    on_gpu_E = np.zeros(num_experts, bool)
-    on_gpu_E[expert_R[cluster.gpu_of_slot == cluster.gpu_of_slot[slot]]] = True
-    return on_gpu_E
+def _absent(slot: np.integer, expert_R: Ints, num_experts: int, cluster: Cluster) -> Mask:
+    """[E]: which experts are not on the GPU of `slot`."""
+    absent_E = np.ones(num_experts, bool)
+    absent_E[expert_R[cluster.gpu_of_slot == cluster.gpu_of_slot[slot]]] = False
+    return absent_E
+
+
+def _narrow(allowed: Mask, preferred: Mask) -> Mask:
+    """What is allowed and preferred, or if that is nothing, what is allowed."""
+    both = allowed & preferred
+    return both if both.any() else allowed

@@ -17,10 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dsv3.plan.placement.cluster import Cluster
-from dsv3.plan.placement.packing import Floats, Ints, count_replicas
+from dsv3.plan.placement.packing import Floats, Ints, Mask, count_replicas
 from dsv3.plan.placement.traffic import Traffic, traffic_of
 
 _MAX_STEPS = 1000
@@ -113,14 +112,12 @@ class _View:
 class _Step:
     """One step for every layer of a view: which kind, and the slots at its two ends; nothing where none was `found`."""
 
-    found: NDArray[np.bool_]
-    copies: NDArray[np.bool_]
+    found: Mask
+    copies: Mask
     busiest_slot: Ints
     other_slot: Ints
 
-    def make(
-        self, go_on: NDArray[np.bool_], layer: Ints, expert_LR: Ints, holds_LDE: NDArray[np.bool_], cluster: Cluster
-    ) -> None:
+    def make(self, go_on: Mask, layer: Ints, expert_LR: Ints, holds_LDE: Mask, cluster: Cluster) -> None:
         """Makes the step in place, in the layers `layer`, which are those of the view where `go_on`."""
         copies, here, there = self.copies[go_on], self.busiest_slot[go_on], self.other_slot[go_on]
         here_gpu, there_gpu = cluster.gpu_of_slot[here], cluster.gpu_of_slot[there]
@@ -133,9 +130,7 @@ class _Step:
         holds_LDE[layer, here_gpu, yours] |= ~copies
 
 
-def _best_step(
-    view: _View, holds_ADE: NDArray[np.bool_], cluster: Cluster, traffic: Traffic, traffic_weight: float
-) -> _Step:
+def _best_step(view: _View, holds_ADE: Mask, cluster: Cluster, traffic: Traffic, traffic_weight: float) -> _Step:
     """The step of each layer after which the GPUs it touches are least busy, allowing for traffic."""
     row = np.arange(len(view.expert_AR))
     row_1, row_11 = row[:, None], row[:, None, None]

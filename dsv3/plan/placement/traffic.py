@@ -40,8 +40,7 @@ def traffic_of(expert_AR: Ints, load_AR: Floats, num_experts: int, cluster: Clus
     layers = len(expert_AR)
     group_size = num_experts // cluster.num_groups
     shape = (layers, cluster.num_groups, cluster.num_nodes)
-    node_R = cluster.gpu_of_slot // cluster.gpus_per_node
-    cell_AR = np.ravel_multi_index((np.arange(layers)[:, None], expert_AR // group_size, node_R), shape)
+    cell_AR = np.ravel_multi_index((np.arange(layers)[:, None], expert_AR // group_size, cluster.node_of_slot), shape)
     load_AGN = np.bincount(cell_AR.ravel(), load_AR.ravel(), minlength=np.prod(shape)).reshape(shape)
     load_AG = load_AGN.sum(axis=2)
     load_A = load_AG.sum(axis=1)
