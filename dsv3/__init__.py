@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsv3.checkpoint.pretrained import load_pretrained as load_pretrained
+    from dsv3.checkpoint.pretrained import save_pretrained as save_pretrained
     from dsv3.config import ModelConfig as ModelConfig
     from dsv3.errors import UserError as UserError
     from dsv3.model.transformer import Transformer as Transformer
@@ -22,6 +24,8 @@ _HOMES = {
     "UserError": "dsv3.errors",
     "Transformer": "dsv3.model.transformer",
     "generate": "dsv3.serve.generate",
+    "load_pretrained": "dsv3.checkpoint.pretrained",
+    "save_pretrained": "dsv3.checkpoint.pretrained",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -147,18 +147,55 @@ def inspect(
         print_inspection(report)
 
 
-COMMANDS: dict[str, Any] = {"demo": demo, "train": train, "generate": generate, "inspect": inspect}
+def convert(
+    source: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    dtype: Literal["keep", "bfloat16", "float32"] = "keep",
+    fp8: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    as_json: Annotated[Json, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Rewrite a DeepSeek-V3 checkpoint folder in another precision, one tensor at a time.
+
+    Args:
+        source: A checkpoint folder, or a run's folder (its newest checkpoint is taken).
+        target: The folder to write; it appears when it is complete.
+        dtype: Of what is not FP8; keep leaves each tensor's own (BF16 for FP8 that is unpacked).
+        fp8: Write the weights of linear layers as E4M3 in blocks of 128 x 128 with their scales.
+        overwrite: Replace a checkpoint that is at the target.
+        verify: Load both afterwards and report the KL divergence of their predictions (needs memory for one at a time).
+    """
+    from dsv3.convert import convert_checkpoint
+
+    convert_checkpoint(source, target, dtype=dtype, fp8=fp8, overwrite=overwrite, verify=verify, as_json=as_json)
+
+
+def plan() -> None:
+    """What a model of any size costs, fits and gains: `dsv3 plan --help` lists the questions. No GPU, no waiting."""
+
+
+COMMANDS: dict[str, Any] = {
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+    "inspect": inspect,
+    "convert": convert,
+    "plan": plan,
+}
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input is one sentence on stderr and exit code 2."""
+    args = sys.argv[1:] if args is None else args
+    commands, prog, description = COMMANDS, "dsv3", "DeepSeek-V3, whole and small: train it, look into it, plan it."
+    if args[:1] == ["plan"]:
+        from dsv3.cli_plan import COMMANDS as PLAN_COMMANDS
+
+        commands, prog, description, args = PLAN_COMMANDS, "dsv3 plan", plan.__doc__ or "", args[1:]
     try:
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="dsv3",
-            description="DeepSeek-V3, whole and small: train it, look into it, generate from it.",
-            args=args,
-            config=(tyro.conf.OmitArgPrefixes,),
+            commands, prog=prog, description=description, args=args, config=(tyro.conf.OmitArgPrefixes,)
         )
     except UserError as error:
         print(f"dsv3: {error}", file=sys.stderr)

@@ -1,10 +1,11 @@
-"""Where checkpoints lie: a folder given by a user may be one, or a run that has some."""
+"""What a user means by a model: a preset's name, a config.json, a checkpoint folder, or a run that has checkpoints."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import UserError
 
 _STEP = re.compile(r"step-(\d{8})")
@@ -28,3 +29,14 @@ def find_checkpoint(path: Path) -> Path:
     if not checkpoints:
         raise UserError(f"{path} is neither a checkpoint (no .safetensors) nor a run that has one (no checkpoints/)")
     return checkpoints[-1]
+
+
+def resolve_config(name: str) -> ModelConfig:
+    """A preset's config, or that of a config.json or a folder with one. Raises `UserError` if it is neither."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if Path(name).exists():
+        from dsv3.checkpoint.hf_config import load_config  # needs torch, which a preset's reader need not wait for
+
+        return load_config(name)
+    raise UserError(f"'{name}' is neither a preset ({', '.join(PRESETS)}) nor a config.json that exists")

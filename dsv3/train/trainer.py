@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from dsv3.checkpoint.hf_config import config_to_hf, load_config, save_config
-from dsv3.config import PRESETS, ModelConfig
+from dsv3.checkpoint.locate import resolve_config
+from dsv3.config import ModelConfig
 from dsv3.data.batches import SequenceSampler
 from dsv3.data.prepare import PreparedData, load_prepared, prepare
 from dsv3.errors import UserError
@@ -154,7 +155,7 @@ class Trainer:
 
 def start_run(config: TrainConfig, report: Callable[[str], None]) -> Trainer:
     """Prepare the data and the folder of a new run, telling `report` of each stage; nothing is trained yet."""
-    model_config = resolve_model(config.model)
+    model_config = resolve_config(config.model)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     if config.seq_len > model_config.max_position_embeddings:
@@ -191,13 +192,3 @@ def resume_run(path: Path) -> Trainer:
     if run.checkpoints():
         trainer.restore(run.checkpoints()[-1])
     return trainer
-
-
-def resolve_model(name: str) -> ModelConfig:
-    """A preset's config, or that of a config.json (or a folder with one). Raises `UserError` if it is neither."""
-    if name in PRESETS:
-        return PRESETS[name]
-    path = Path(name)
-    if path.exists():
-        return load_config(path)
-    raise UserError(f"'{name}' is neither a preset ({', '.join(PRESETS)}) nor a config.json that exists")

@@ -1,0 +1,5 @@
+"""`python -m dsv3` is the `dsv3` command."""
+
+from dsv3.cli import main
+
+main()

@@ -1,0 +1,196 @@
+"""A run from end to end, on a model and a text of a few seconds: what resumes, what is refused, what is kept."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3.errors import UserError
+from dsv3.train.config import TrainConfig
+from dsv3.train.run import Run
+from dsv3.train.trainer import Trainer, resume_run, start_run
+
+STEPS = 12
+
+
+class Silent:
+    def update(self, step, metrics):
+        pass
+
+    def log(self, message):
+        pass
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        lines = [f"def f{i}_{j}(x, y={j * i}):\n    return x + y * {j}\n" for j in range(12)]
+        (folder / f"module_{i}.py").write_text("\n".join(lines))
+    return folder
+
+
+def settings(out: Path, text: Path, **changes) -> TrainConfig:
+    options = {
+        "model": "micro",
+        "data": str(text),
+        "tokens": str(STEPS * 4 * 32),
+        "batch_size": "4",
+        "seq_len": 32,
+        "save_every": 4,
+        "eval_every": 6,
+        "eval_tokens": 256,
+        "device": "cpu",
+        "dtype": "float32",
+        **changes,
+    }
+    return TrainConfig(out=out, **options)
+
+
+def train(out: Path, text: Path, **changes) -> Trainer:
+    trainer = start_run(settings(out, text, **changes), lambda message: None)
+    trainer.fit(Silent())
+    return trainer
+
+
+def losses(run: Run) -> list[tuple]:
+    keys = ("step", "loss", "mtp_loss", "grad_norm", "load")
+    return [tuple(record[key] for key in keys) for record in run.records() if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, text) -> Trainer:
+    """A run that nobody interrupted."""
+    return train(tmp_path_factory.mktemp("whole") / "run", text)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(whole):
+    records = whole.run.records()
+    assert [record["step"] for record in records] == list(range(STEPS + 1))
+    assert records[-1]["loss"] < records[1]["loss"]
+    evaluated = {record["step"]: record["bits_per_byte"] for record in records if "bits_per_byte" in record}
+    assert list(evaluated) == [0, 6, 12] and evaluated[12] < evaluated[0]
+    assert [path.name for path in whole.run.checkpoints()] == ["step-00000008", "step-00000012"]  # keep = 2
+    for record in records[1:]:
+        assert set(record["load"]) == {"layers.1", "layers.2", "mtp.0"}
+        assert all(sum(load) == pytest.approx(len(load), abs=0.01) for load in record["load"].values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(dtype, tmp_path, text):
+    """SIGKILL between two checkpoints; the resumed run's losses equal the uninterrupted run's, bit for bit."""
+    reference = train(tmp_path / "reference", text, dtype=dtype)
+    out = tmp_path / "killed"
+    command = "import sys; from pathlib import Path; import torch; torch.set_num_threads(1);"
+    command += "from tests.train.test_trainer import *; train(Path(sys.argv[1]), Path(sys.argv[2]), dtype=sys.argv[3])"
+    process = subprocess.Popen([sys.executable, "-c", command, str(out), str(text), dtype])
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"step":6,"loss"' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    trainer = resume_run(out)
+    assert trainer.step in (4, 8)
+    trainer.fit(Silent())
+    assert losses(trainer.run) == losses(reference.run)
+    for (name, a), b in zip(
+        reference.model.state_dict().items(), trainer.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_sigterm_saves_and_stops(tmp_path, text, whole):
+    trainer = start_run(settings(tmp_path / "run", text), lambda message: None)
+    display = Silent()
+    display.update = lambda step, metrics: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None
+    trainer.fit(display)
+    assert trainer.step == 5 and trainer.run.checkpoints()[-1].name == "step-00000005"
+    resumed = resume_run(tmp_path / "run")
+    resumed.fit(Silent())
+    assert losses(resumed.run) == losses(whole.run)
+
+
+def test_micro_batches_and_recomputation_leave_the_run_as_it_was(tmp_path, text, whole):
+    for changes in ({"micro_batch_size": 1}, {"recompute": "full"}, {"recompute": "selective"}):
+        trainer = train(tmp_path / str(changes), text, **changes)
+        for name, value in whole.model.state_dict().items():
+            torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+        assert [record["load"] for record in trainer.run.records()[1:3]] == [
+            record["load"] for record in whole.run.records()[1:3]
+        ]
+
+
+def test_a_second_run_does_not_overwrite_the_first(text, whole):
+    with pytest.raises(UserError, match="already a run"):
+        start_run(settings(whole.run.path, text), lambda message: None)
+
+
+def test_what_is_no_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(UserError, match="no run in"):
+        resume_run(tmp_path)
+
+
+def test_a_sequence_longer_than_the_model_takes_is_refused_before_anything_is_written(tmp_path, text):
+    with pytest.raises(UserError, match="seq_len is 1024"):
+        start_run(settings(tmp_path / "run", text, seq_len=1024), lambda message: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_fills_up_loses_no_older_checkpoint(tmp_path, text):
+    """The limit on file sizes stands for the full disk: the system refuses to write on, mid-file."""
+    trainer = train(tmp_path / "run", text)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write"):
+            trainer.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert after == before
+    assert resume_run(tmp_path / "run").step == STEPS
+
+
+@pytest.mark.parametrize("broken", ["optimizer.safetensors", "trainer.json", "config.json"])
+def test_a_broken_checkpoint_is_named(broken, tmp_path, text):
+    train(tmp_path / "run", text)
+    file = Run(tmp_path / "run").checkpoints()[-1] / broken
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=broken.split(".")[0]):
+        resume_run(tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, text):
+    train(tmp_path / "run", text)
+    config = tmp_path / "run" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 128}))
+    with pytest.raises(UserError, match="another model"):
+        resume_run(tmp_path / "run")
+
+
+def test_a_loss_that_explodes_stops_the_run_with_a_sentence(tmp_path, text):
+    trainer = start_run(settings(tmp_path / "run", text), lambda message: None)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.fill_(float("inf"))
+    with pytest.raises(UserError, match=r"step 1 .* lower --learning-rate"):
+        trainer.fit(Silent())
+
+
+def test_half_a_line_of_metrics_is_passed_over(tmp_path, text):
+    trainer = train(tmp_path / "run", text)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-20])
+    assert [record["step"] for record in trainer.run.records()] == list(range(STEPS + 1))
+    trainer.run.log({"step": 13, "loss": 1.0})
+    assert trainer.run.records()[-1] == {"step": 13, "loss": 1.0}
