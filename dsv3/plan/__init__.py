@@ -1,0 +1,1 @@
+"""What a model of any size costs, fits and gains: arithmetic and simulation from a `ModelConfig` alone."""

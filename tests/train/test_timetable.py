@@ -50,7 +50,9 @@ def test_what_is_no_number_of_tokens_is_refused(text):
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "batch_size", "mtp_weight", "bias_update_speed"])
-@pytest.mark.parametrize("text", ["", "x", "-1", "1, linear 2", "1, rise 2 3M", "1, hold 120%", "1, cosine x 5%", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "-1", "1, linear 2", "1, rise 2 3M", "1, hold 120%", "1, cosine x 5%", "nan"]
+)
 def test_what_is_no_schedule_is_refused_by_name(name, text):
     with pytest.raises(UserError, match=f"'{name}'"):
         TrainConfig(**{name: text})

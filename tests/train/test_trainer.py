@@ -103,9 +103,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(dtype, tmp_path, text):
     assert trainer.step in (4, 8)
     trainer.fit(Silent())
     assert losses(trainer.run) == losses(reference.run)
-    for (name, a), b in zip(
-        reference.model.state_dict().items(), trainer.model.state_dict().values(), strict=True
-    ):
+    for (name, a), b in zip(reference.model.state_dict().items(), trainer.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 

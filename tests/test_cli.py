@@ -1,0 +1,185 @@
+"""The command as a user meets it: help that reads, JSON that parses, one sentence and exit code 2 for bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv3.cli import COMMANDS, main
+from dsv3.cli_plan import COMMANDS as PLAN_COMMANDS
+
+
+def run(capsys, *args: str) -> str:
+    main(list(args))
+    return capsys.readouterr().out
+
+
+def refused(capsys, *args: str) -> str:
+    """The one line that the command answers."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err and err.startswith("dsv3: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n".join(f"the {i}th line says {i * i} and {i % 7}" for i in range(2000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus) -> Path:
+    """A run of a dozen steps, made by the command itself."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    options = (
+        "--model micro --tokens 1536 --batch-size 4 --seq-len 32 --eval-tokens 256 --device cpu --dtype float32 --quiet"
+    )
+    main(["train", "--out", str(out), "--data", str(corpus), *options.split()])
+    return out
+
+
+@pytest.mark.parametrize("command", [*COMMANDS])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: dsv3 {command}" in out and "Args:" not in out
+
+
+@pytest.mark.parametrize("command", [*PLAN_COMMANDS])
+def test_every_plan_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", command, "--help"])
+    assert stop.value.code == 0 and f"usage: dsv3 plan {command}" in capsys.readouterr().out
+
+
+def test_the_released_models_numbers(capsys):
+    """Section 7 of the facts, each from the model built on the meta device."""
+    report = json.loads(run(capsys, "inspect", "v3-671b", "--json"))
+    parameters, experts, cost = report["parameters"], report["experts"], report["training_cost"]
+    assert parameters["total"] == 671_026_419_200
+    assert parameters["activated_without_embedding_and_head"] == 35_698_939_392
+    assert parameters["activated_with_head"] == 36_625_618_432
+    assert parameters["activated"] == 37_552_297_472
+    assert parameters["mtp"] == 11_610_068_224
+    assert parameters["mla_per_layer"] == 187_107_328
+    assert (experts["moe_layers"], experts["per_layer"], experts["total"]) == (58, 257, 14_906)
+    assert (experts["active_per_layer"], experts["active_total"]) == (9, 522)
+    assert report["kv_cache"]["bytes_per_token_bf16"] == 70_272
+    assert report["kv_cache"]["values_per_token_and_layer_of_mha"] == 32_768
+    assert [round(stage["gpu_hours"]) for stage in cost["stages"]] == [2_664_000, 119_000, 5_000]
+    assert [round(stage["dollars"]) for stage in cost["stages"]] == [5_328_000, 238_000, 10_000]
+    assert round(cost["gpu_hours"]) == 2_788_000 and round(cost["dollars"]) == 5_576_000
+    assert round(cost["gpu_hours_per_trillion"]) == 180_000
+    assert round(cost["days_per_trillion"], 1) == 3.7 and cost["gpus"] == 2048
+
+
+def test_a_presets_numbers_read_well(capsys):
+    assert "671,026,419,200" in run(capsys, "inspect", "v3-671b")
+
+
+def test_training_draws_and_generation_reads(trained, capsys):
+    assert {path.name for path in (trained / "figures").iterdir()} == {"training.png", "expert_load.png"}
+    answers = []
+    for extra in ([], ["--speculative"]):
+        out = run(capsys, "generate", str(trained), "--prompt", "the 7", "--max-new-tokens", "24", "--json", *extra)
+        answers.append(json.loads(out))
+    assert answers[0]["text"] == answers[1]["text"]
+    assert answers[1]["decode_steps"] <= answers[0]["decode_steps"]
+
+
+def test_inspecting_and_converting_a_run(trained, tmp_path, capsys):
+    report = json.loads(run(capsys, "inspect", str(trained), "--json"))
+    assert report["missing"] == report["unexpected"] == [] and set(report["dtypes"]) == {"F32"}
+    target = str(tmp_path / "bf16")
+    report = json.loads(run(capsys, "convert", str(trained), target, "--dtype", "bfloat16", "--verify", "--json"))
+    assert 0 < report["kl"]["main"]["kl_mean"] < 1e-2
+    text = json.loads(run(capsys, "generate", target, "--prompt", "the", "--max-new-tokens", "3", "--json"))["text"]
+    assert text
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "plan model v3-671b",
+        "plan memory nano --micro-batch 16 --sequence-length 256",
+        "plan fit nano --gpus 1 --batch-size 16",
+        "plan comm v3-671b",
+        "plan cost v3-671b --tokens 14.8e12 --gpus 2048 --mfu 0.4",
+        "plan serve v3-671b --input-tokens-per-second 1e6 --output-tokens-per-second 2e5",
+        "plan pipeline --ranks 4 --chunks 8",
+    ],
+)
+def test_plans_as_tables_and_as_json(args, capsys):
+    assert run(capsys, *args.split())
+    assert json.loads(run(capsys, *args.split(), "--json"))
+
+
+def test_plan_placement_reads_a_run(trained, capsys):
+    args = ["plan", "placement", str(trained), "--replicas", "12", "--gpus", "4"]
+    assert json.loads(run(capsys, *args, "--json"))
+
+
+def test_plan_pipeline_draws(tmp_path, capsys):
+    figure, trace = tmp_path / "schedule.png", tmp_path / "trace.json"
+    run(capsys, "plan", "pipeline", "--ranks", "4", "--chunks", "8", "--figure", str(figure), "--trace", str(trace))
+    assert figure.read_bytes().startswith(b"\x89PNG") and json.loads(trace.read_text())
+
+
+@pytest.fixture
+def bad_files(tmp_path) -> Path:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.bin").write_bytes(b"\x00\x01\x02" * 100)
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "broken\n')
+    (tmp_path / "wrong.jsonl").write_text('{"text": "fine"}\n{"words": 3}\n')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3", "hidden_size": -4}')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("train --out {dir}/run --data {dir}/nothing", "nothing"),
+        ("train --out {dir}/run --data {dir}/empty.txt", "empty"),
+        ("train --out {dir}/run --data {dir}/binary.bin", "binary.bin"),
+        ("train --out {dir}/run --data {dir}/folder", "folder"),
+        ("train --out {dir}/run --data {dir}/broken.jsonl", "broken.jsonl"),
+        ("train --out {dir}/run --data {dir}/wrong.jsonl", "wrong.jsonl"),
+        ("train --out {dir}/run --model colossal", "colossal"),
+        ("train --out {dir}/run --model {dir}/config.json", "hidden_size"),
+        ("train --out {dir}/run --tokens many", "tokens"),
+        ("train --out {dir}/run --learning-rate up", "learning_rate"),
+        ("train --resume {dir}", "no run in"),
+        ("train --resume {dir} --seed 3", "leave the other options out"),
+        ("generate {dir} --prompt a", "neither a checkpoint"),
+        ("inspect {dir}/nothing", "neither a preset"),
+        ("inspect {dir}/folder", "neither a checkpoint"),
+        ("convert {dir}/folder {dir}/out", "neither a checkpoint"),
+        ("plan model colossal", "colossal"),
+        ("plan pipeline --ranks 0 --chunks 4", "rank"),
+        ("plan fit nano --gpus 1 --batch-size 16 --gpu Abacus", "Abacus"),
+        ("plan placement {dir}/nothing.json --replicas 8 --gpus 2", "nothing.json"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(args, says, bad_files, capsys):
+    assert says in refused(capsys, *args.format(dir=bad_files).split())
+    assert not (bad_files / "out").exists()
+
+
+def test_a_broken_line_is_named_by_its_number(bad_files, capsys):
+    for name in ("broken", "wrong"):
+        message = refused(capsys, "train", "--out", f"{bad_files}/run", "--data", f"{bad_files}/{name}.jsonl")
+        assert "2" in message.split("jsonl", 1)[1]
+
+
+@pytest.mark.parametrize("args", ["train --steps 3", "frobnicate", "generate", "plan", "train --seed x"])
+def test_unknown_or_missing_options_exit_with_2(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(args.split())
+    assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
