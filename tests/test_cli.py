@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from dsv3.checkpoint.hf_config import config_to_hf
 from dsv3.cli import COMMANDS, main
 from dsv3.cli_plan import COMMANDS as PLAN_COMMANDS
+from dsv3.config import ModelConfig
 
 
 def run(capsys, *args: str) -> str:
@@ -19,7 +22,7 @@ def refused(capsys, *args: str) -> str:
     with pytest.raises(SystemExit) as stop:
         main(list(args))
     assert stop.value.code == 2
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert "Traceback" not in err and err.startswith("dsv3: ") and err.count("\n") == 1, err
     return err
 
@@ -138,7 +141,8 @@ def bad_files(tmp_path) -> Path:
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "broken\n')
     (tmp_path / "wrong.jsonl").write_text('{"text": "fine"}\n{"words": 3}\n')
     (tmp_path / "folder").mkdir()
-    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3", "hidden_size": -4}')
+    config = config_to_hf(ModelConfig.preset("micro"), dtype=torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": -4}))
     return tmp_path
 
 

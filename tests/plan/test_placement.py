@@ -136,7 +136,7 @@ def test_traffic_counts_as_much_as_it_is_told_to(seed: int) -> None:
         for price in (0.0, 0.1, 50.0)
     ]
     assert visits[0] > visits[1] > visits[2]
-    assert visits[2] < 1.02  # groups stay on their nodes; a few replicas leave, where an expert was twice on a GPU
+    assert visits[2] < 1.1  # groups stay on their nodes; a few replicas leave, where an expert was twice on a GPU
 
 
 def test_nodes_per_visit_by_hand() -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_the_batch_grows_in_whole_micro_batches():
     assert all(size % 4 == 0 for size in sizes)
     assert [step.number for step in steps] == list(range(1, len(steps) + 1))
     # Sequences follow each other without gap or overlap, and the run ends with the first step at or past its tokens.
-    for before, step in zip(steps, steps[1:], strict=False):
+    for before, step in itertools.pairwise(steps):
         assert step.first_sequence == before.first_sequence + before.sequences
     assert steps[-2].tokens < 64_000 <= steps[-1].tokens == 100 * sum(sizes)
 
