@@ -49,7 +49,7 @@ class TrainConfig:
     """Sequences per optimizer step; like the next three a number or a schedule over tokens, e.g. '16, linear 64 30%'."""
     learning_rate: str = "0, linear 3e-3 5%, cosine 3e-4 95%"
     """Schedule: a start value, then 'linear VALUE LENGTH', 'cosine VALUE LENGTH', 'hold LENGTH', 'set VALUE'; a length
-    is in tokens (25B) or a share of the run (5%). `runs/report.sh` has the report's."""
+    is in tokens (25B) or a share of the run (5%). `runs/pretrain_small.sh` shows the report's shape."""
     mtp_weight: str = "0.3"
     """Schedule of lambda, the weight of the MTP loss (eq. 25)."""
     bias_update_speed: str = "0.001"
