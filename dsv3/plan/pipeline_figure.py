@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -34,16 +35,21 @@ def pipeline_figure(timeline: Timeline, path: str | Path) -> None:
     """
     schedule = timeline.schedule
     shortest = min(span.end - span.start for spans in timeline.spans for span in spans)
-    width = min(max(9.0, 0.26 * timeline.makespan / shortest), 40.0)
+    width = min(max(9.0, 0.26 * timeline.makespan / shortest), 24.0)
     height = _INCHES_PER_RANK * schedule.num_ranks + 1.75
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     inches_per_time = 0.92 * width / timeline.makespan
+    boxes = []
     for rank, spans in enumerate(timeline.spans):
         axes.add_patch(Rectangle((0, rank - _ROW / 2), timeline.makespan, _ROW, facecolor=_IDLE, linewidth=0))
         for span in spans:
-            _draw_step(axes, timeline, rank, span, inches_per_time)
+            boxes += _draw_labels(axes, timeline, rank, span, inches_per_time)
+    # One collection: a patch of its own for each of thousands of boxes takes several times as long.
+    corners = [[(x, y), (x + w, y), (x + w, y + h), (x, y + h)] for (x, y, w, h), _ in boxes]
+    colours = [colour for _, colour in boxes]
+    axes.add_collection(PolyCollection(corners, facecolors=colours, edgecolors="white", linewidths=0.5))
     _frame(axes, timeline)
     _legend(figure, timeline)
     make_folder(Path(path).parent)
@@ -51,21 +57,22 @@ def pipeline_figure(timeline: Timeline, path: str | Path) -> None:
         figure.savefig(file, format="png")
 
 
-def _draw_step(axes: Axes, timeline: Timeline, rank: int, span: Span, inches_per_time: float) -> None:
+def _draw_labels(
+    axes: Axes, timeline: Timeline, rank: int, span: Span, inches_per_time: float
+) -> list[tuple[tuple[float, float, float, float], str]]:
+    """Writes a step's micro-batches where they fit; returns its boxes (left, bottom, width, height) with colours."""
     parts = span.step.parts
-    length = span.end - span.start
-    height = _ROW / len(parts)
+    length, height = span.end - span.start, _ROW / len(parts)
+    size = 7.0 if len(parts) == 1 else 6.0
+    boxes = []
     for index, op in enumerate(parts):
         bottom = rank - _ROW / 2 + index * height
         colour = _colour(timeline, rank, op)
-        axes.add_patch(
-            Rectangle((span.start, bottom), length, height, facecolor=colour, edgecolor="white", linewidth=0.5)
-        )
+        boxes.append(((span.start, bottom, length, height), colour))
         label = timeline.schedule.label(rank, op).partition(".")[2]
-        size = 7.0 if len(parts) == 1 else 6.0
         if length * inches_per_time > 0.011 * size * len(label) + 0.03:
-            dark = colour in (colours[0] for colours in _COLOURS.values())
-            axes.text(
+            dark = colour in (shades[0] for shades in _COLOURS.values())
+            text = axes.text(
                 span.start + length / 2,
                 bottom + height / 2,
                 label,
@@ -74,6 +81,8 @@ def _draw_step(axes: Axes, timeline: Timeline, rank: int, span: Span, inches_per
                 fontsize=size,
                 color="white" if dark else "#222222",
             )
+            text.set_in_layout(False)  # inside the axes anyway; measuring thousands takes long
+    return boxes
 
 
 def _colour(timeline: Timeline, rank: int, op: Op) -> str:

@@ -26,7 +26,8 @@ from dsv3.plan.placement.starts import contiguous, kicked, recounted
 from dsv3.plan.placement.traffic import traffic_of
 
 _UNEVEN = 0.01  # above what is possible at best: a layer further off is searched again
-_KICKS = 6
+_KICKS = 16  # tries for a layer, at most;
+_KICKED_SLOTS = 75_000  # and for all layers with all their slots: this bounds the time
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +126,8 @@ def place_experts(
     replicas that move from `current`, a physical_to_logical). By default ten percent more nodes reached weigh as much
     as one percent more on the busiest GPU, and moving everything as much as five.
 
-    Replicas share their expert's tokens evenly wherever the promises (see the module) can be kept so; in the few layers
-    where they cannot, `share` is uneven and `notes` says so. Raises `UserError` on bad loads or numbers.
+    Replicas share their expert's tokens evenly wherever the search can keep the promises (see the module) so; in the
+    few layers where it cannot, `share` is uneven and `notes` says so. Raises `UserError` on bad loads or numbers.
     """
     cluster = Cluster(num_replicas, num_groups, num_nodes, num_gpus)
     weight_LE = check_loads(weight, cluster)
@@ -157,7 +158,7 @@ def place_experts(
         best_LR[layer], share_LR[layer] = merge_duplicates(public_LR[layer], weight_LE[layer], cluster)
     note = (
         f"in {len(busier)} of {len(weight_LE)} layers replicas take uneven shares of their expert's tokens: shared "
-        "evenly, the busiest GPU would carry more than with the public algorithm, which puts an expert twice on one GPU"
+        "evenly, the busiest GPU would carry more than the public algorithm's, which holds an expert twice"
     )
     return Placement.of(best_LR, num_experts, cluster, share_LR, (note,))
 
@@ -180,9 +181,9 @@ def _search_from_starts(
 
     def uneven_layers() -> Ints:
         busiest_L = Placement.of(best_LR, num_experts, cluster).gpu_load(weight_LE).max(axis=1)
-        return np.flatnonzero(busiest_L > (1 + _UNEVEN) * bound_L)
+        return np.flatnonzero((busiest_L > (1 + _UNEVEN) * bound_L) | (busiest_L > objective.bar_L))
 
-    # No placement's busiest GPU carries less than the mean, or than the heaviest replica.
+    # With even shares no busiest GPU carries less than the mean, or than the heaviest replica.
     _, _, count_LE = replicate(weight_LE, cluster.num_replicas)
     bound_L = np.maximum(weight_LE.sum(axis=1) / cluster.num_gpus, (weight_LE / count_LE).max(axis=1))
     every = np.arange(len(weight_LE))
@@ -196,9 +197,10 @@ def _search_from_starts(
         flat_LR, _, _ = rebalance_experts(weight_LE[uneven], cluster.num_replicas, 1, 1, cluster.num_gpus)
         search(uneven, flat_LR)
     random = np.random.default_rng(0)
-    for _ in range(_KICKS):
-        if len(uneven := uneven_layers()):
-            search(uneven, kicked(best_LR[uneven], num_experts, cluster, random))
+    kicked_slots = kicks = 0
+    while len(uneven := uneven_layers()) and kicks < _KICKS and kicked_slots < _KICKED_SLOTS:
+        search(uneven, kicked(best_LR[uneven], num_experts, cluster, random))
+        kicks, kicked_slots = kicks + 1, kicked_slots + uneven.size * cluster.num_replicas
     return best_LR
 
 
