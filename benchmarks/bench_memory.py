@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsv3.config import ModelConfig
+from dsv3.model.balance import LoadBalancer
 from dsv3.model.block import Block
 from dsv3.model.experts import Experts, SwiGLU
 from dsv3.model.mla import MultiHeadLatentAttention
@@ -37,6 +38,7 @@ from dsv3.model.norm import RMSNorm
 from dsv3.model.router import Router
 from dsv3.model.transformer import Recompute, Transformer
 from dsv3.ops.cross_entropy import linear_cross_entropy, reference_linear_cross_entropy
+from dsv3.train.step import backward_step
 
 MODES: tuple[Recompute, ...] = get_args(Recompute)
 PARTS: dict[type[nn.Module], str] = {
@@ -60,7 +62,7 @@ class MemoryWatch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.part = "other"  # what new memory is booked under
+        self.part = "embedding, other"  # what new memory is booked under
         self.alive_by_part: Counter[str] = Counter()
         self.alive = 0
         self.peak = 0
@@ -128,21 +130,18 @@ def kept_by_part(model: Transformer, tokens_BS: Tensor) -> Counter[str]:
     return kept
 
 
-def train_step(model: Transformer, tokens_BS: Tensor) -> None:
-    """Forward and backward with the losses that training has; gradients are added up in the model."""
-    hidden = model.hidden_states(tokens_BS, aux_loss_scale=1e-4)
-    losses = [
-        linear_cross_entropy(h[:, :-1].flatten(0, 1), model.lm_head.weight, tokens_BS[:, k + 1 :].flatten())
-        for k, h in enumerate((hidden.main_BSD, *hidden.mtp))
-    ]
-    torch.stack(losses).sum().backward()
+def train_step(model: Transformer, tokens_BS1: Tensor) -> None:
+    """Forward and backward as the trainer runs them; gradients are added up in the model."""
+    backward_step(
+        model, LoadBalancer(model), tokens_BS1, micro_batch_size=len(tokens_BS1), mtp_weight=0.3, eos_token_id=None
+    )
 
 
-def peak_of_step(model: Transformer, tokens_BS: Tensor) -> int:
+def peak_of_step(model: Transformer, tokens_BS1: Tensor) -> int:
     """Most bytes alive at once in a step that adds to gradients which are there already."""
-    train_step(model, tokens_BS)
+    train_step(model, tokens_BS1)
     with MemoryWatch() as watch:
-        train_step(model, tokens_BS)
+        train_step(model, tokens_BS1)
     return watch.peak
 
 
@@ -162,7 +161,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     config = ModelConfig.preset(arguments.preset)
     model = Transformer(config).to(device, getattr(torch, arguments.dtype))
-    tokens_BS = torch.randint(config.vocab_size, (arguments.batch_size, arguments.seq_len), device=device)
+    tokens_BS1 = torch.randint(config.vocab_size, (arguments.batch, arguments.seq_len + 1), device=device)
+    count = arguments.batch * arguments.seq_len
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -171,10 +171,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     kept, peak, gradients = {}, {}, {}
     for mode in MODES:
         model.recompute = mode
-        kept[mode] = {part: size / tokens_BS.numel() for part, size in kept_by_part(model, tokens_BS).items()}
-        peak[mode] = peak_of_step(model, tokens_BS) / tokens_BS.numel()
+        kept[mode] = {part: size / count for part, size in kept_by_part(model, tokens_BS1[:, :-1]).items()}
+        peak[mode] = peak_of_step(model, tokens_BS1) / count
         model.zero_grad()
-        train_step(model, tokens_BS)
+        train_step(model, tokens_BS1)
         gradients[mode] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     same = {mode: _same_bits(gradients[mode], gradients["none"]) for mode in MODES}
     del gradients
@@ -185,7 +185,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             model.recompute = mode
             synchronize()
             start = time.perf_counter()
-            train_step(model, tokens_BS)
+            train_step(model, tokens_BS1)
             synchronize()
             seconds[mode].append(time.perf_counter() - start)
     medians = {mode: statistics.median(times) for mode, times in seconds.items()}
@@ -194,7 +194,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "preset": arguments.preset,
         "dtype": arguments.dtype,
         "device": str(device),
-        "tokens": [arguments.batch_size, arguments.seq_len],
+        "tokens": [arguments.batch, arguments.seq_len],
         "kept_bytes_per_token": kept,
         "kept_bytes_per_token_total": total,
         "peak_bytes_per_token": peak,
@@ -257,14 +257,14 @@ def _parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", default="bench")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float64"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7, help="steps of each kind that are timed")
     parser.add_argument("--logit-tokens", type=int, default=2048)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.preset, arguments.batch_size, arguments.seq_len = "micro", 2, 64
+        arguments.preset, arguments.batch, arguments.seq_len = "micro", 2, 64
         arguments.rounds, arguments.logit_tokens = 3, 256
     return arguments
 

@@ -176,6 +176,7 @@ def block(
             u = u + weight * swiglu(x, W[mlp + "experts.gate_up_proj"][e], W[mlp + "experts.down_proj"][e])
         for s in range(config.n_shared_experts):
             gate_up, down = W[mlp + "shared_experts.gate_up_proj.weight"], W[mlp + "shared_experts.down_proj.weight"]
+            assert down.shape[1] == config.n_shared_experts * F
             gate, up = gate_up.chunk(2)
             mine = slice(s * F, (s + 1) * F)  # shared expert s of the N_s that are stored as one wide MLP
             u = u + swiglu(x, torch.cat((gate[mine], up[mine])), down[:, mine])

@@ -1,4 +1,4 @@
-"""Folder to folder: another dtype, FP8 blocks in or out, other shards. No model is built."""
+"""Folder to folder: another dtype, FP8 blocks in or out, other shards. No model is built, no tensor held whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from dsv3.checkpoint.encoding import write_model
 from dsv3.checkpoint.source import Checkpoint
-from dsv3.checkpoint.writer import MAX_SHARD_BYTES
+from dsv3.checkpoint.writer import MAX_SHARD_BYTES, Progress
 
 # What belongs to a model beside its weights. Code that travels with a checkpoint is left behind.
 COMPANIONS = (
@@ -32,11 +32,13 @@ def convert(
     fp8: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
 ) -> None:
-    """Rewrite the checkpoint folder `source` as `target`, one tensor at a time, tokenizer files included.
+    """Rewrite the checkpoint folder `source` as `target`, tokenizer files included.
 
     dtype: of what is not FP8; None keeps each tensor's own, and BF16 for FP8 that is unpacked. fp8: Linear weights as
-    E4M3 blocks; what is so already keeps its bits. The routing bias is FP32 always. Memory: about one shard.
+    E4M3 blocks; what is so already keeps its bits. The routing bias is FP32 always. progress: called with the bytes
+    written and the bytes in all. Memory: a few hundred MB, however large the model or a tensor of it.
     Raises `UserError` as `load_pretrained` and `save_pretrained` do; the target is then as it was.
     """
     checkpoint = Checkpoint(source)
@@ -50,4 +52,5 @@ def convert(
         overwrite=overwrite,
         max_shard_bytes=max_shard_bytes,
         copy_files=[file for name in COMPANIONS if (file := Path(source) / name).is_file()],
+        progress=progress,
     )

@@ -87,14 +87,12 @@ _ROPE_FIELDS = {f.name for f in dataclasses.fields(RopeScaling)} - {"type"}
 def config_to_hf(config: ModelConfig, *, dtype: torch.dtype, fp8: bool = False) -> dict[str, Any]:
     """The official config.json of `config`. dtype: of the tensors that are not FP8; fp8: Linear weights are FP8 blocks.
 
-    Warns where no official model type means this router, since readers other than dsv3 would take another one.
+    Warns where readers other than dsv3 would run another model without a word (`_departures`).
     """
     model_type = "deepseek_v3" if config.topk_method == "noaux_tc" else "deepseek_v2"
-    meant = _FAMILY_ROUTING[model_type]["scoring_func"]
-    if config.scoring_func != meant:
+    if departures := _departures(config, model_type):
         warnings.warn(
-            f"no released model routes by {config.topk_method} on {config.scoring_func} scores: "
-            f"readers that ignore scoring_func will take {meant} scores (model_type {model_type})",
+            f"no released model is like this one, and readers other than dsv3 may run another: {'; '.join(departures)}",
             stacklevel=2,
         )
     hf: dict[str, Any] = {name: getattr(config, name) for name in _PLAIN_FIELDS}
@@ -113,6 +111,31 @@ def config_to_hf(config: ModelConfig, *, dtype: torch.dtype, fp8: bool = False) 
     if fp8:
         hf["quantization_config"] = QUANTIZATION_CONFIG
     return dict(sorted(hf.items()))
+
+
+def _departures(config: ModelConfig, model_type: str) -> list[str]:
+    """What `config` says that transformers 5 does not read, or reads otherwise, in a model of this type."""
+    departures = []
+    routing = _FAMILY_ROUTING[model_type]
+    if config.scoring_func != routing["scoring_func"]:
+        departures.append(
+            f"it routes by {config.topk_method} on {config.scoring_func} scores, where scoring_func may be ignored "
+            f"and {routing['scoring_func']} scores taken (model_type {model_type})"
+        )
+    if config.norm_topk_prob and model_type == "deepseek_v2":
+        departures.append("norm_topk_prob is true, which may be ignored (model_type deepseek_v2)")
+    if config.moe_layer_freq != 1:
+        departures.append(f"moe_layer_freq is {config.moe_layer_freq}, which may be ignored")
+    if config.rms_norm_eps != 1e-6:
+        departures.append(f"rms_norm_eps is {config.rms_norm_eps}, and the norms of the latents may stay at 1e-06")
+    scaling = config.rope_scaling
+    # With either of the two at 0, transformers takes both for left out; the official code multiplies by what they say.
+    if scaling and 0 in (scaling.mscale, scaling.mscale_all_dim) and scaling.mscale != 1 and scaling.factor > 1:
+        departures.append(
+            f"rope_scaling has mscale {scaling.mscale} and mscale_all_dim {scaling.mscale_all_dim}, and 0 may be taken "
+            "for left out"
+        )
+    return departures
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -211,7 +234,8 @@ def _read_scaling(field: str, raw: dict[str, Any]) -> RopeScaling | None:
         raise UserError(f"config field '{field}' of type 'yarn' lacks {', '.join(sorted(missing))}")
     for name, value in raw.items():
         _check_type(f"{field}.{name}", value, "float")
-    # Left out, the two mean 1 and 0 to every other reader: no extra softmax temperature.
+    # Left out, each for itself, they mean what they mean to the official modeling code. transformers agrees but for
+    # a file that has mscale_all_dim alone, where it leaves that one out of the factor on cos and sin.
     return RopeScaling(**{"mscale": 1.0, "mscale_all_dim": 0.0} | raw)
 
 

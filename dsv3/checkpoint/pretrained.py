@@ -20,7 +20,7 @@ def load_pretrained(
     """The model in the folder `path` (official DeepSeek-V3 format), in evaluation mode.
 
     dtype: of the weights; None takes that of the files (of the embedding, which is never FP8). The router's weight
-    and bias are FP32 whatever it is. Needs the model's size on `device`, and on the CPU about one shard.
+    and bias are FP32 whatever it is. Needs the model's size on `device`, and on the CPU that of its largest tensor.
     Raises `UserError` on a missing, unexpected or misshapen tensor, a damaged file or a config that is not understood.
     """
     check_dtype(dtype)
@@ -64,7 +64,7 @@ def save_pretrained(
     write_model(
         path,
         model.config,
-        read=lambda tensor: Stored(tensor.view(state)),
+        read=lambda tensor, rows: Stored(tensor.view(state)[rows]),
         stored_dtype=lambda tensor: state[tensor.param].dtype,
         dtype=dtype,
         fp8=fp8,

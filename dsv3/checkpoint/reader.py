@@ -1,13 +1,14 @@
 """Reading a checkpoint folder: safetensors shards, one tensor at a time, nothing trusted.
 
 All headers are read and checked first, so that a truncated or missing shard is known before anything is built
-or written. Tensors come straight from the file that holds them; one shard is open at a time, which bounds
-memory by a shard however large the model. Pickles are refused: loading one runs whatever code it carries.
+or written. Tensors, or some rows of one, are read into memory of their own: the pages of a mapped file would count
+as the process's memory, up to a whole shard. Pickles are refused: loading one runs whatever code it carries.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it: "BF16", "F8_E4M3", ...
     shard: str
+    offset: int  # of its first byte in the shard
 
 
 class CheckpointReader:
@@ -50,21 +52,20 @@ class CheckpointReader:
         if not self.path.is_dir():
             raise UserError(f"there is no checkpoint folder {self.path}; expected a local folder, downloaded before")
         weight_map = _read_index(self.path)
-        self._open_shard: tuple[str, Any] | None = None
         self._infos: dict[str, TensorInfo] = {}
-        shards: dict[str, list[str]] = {}
-        for name, shard in (weight_map or {}).items():
-            shards.setdefault(shard, []).append(name)
         if weight_map is None:
-            shards[SINGLE_FILE] = list(self._shard(SINGLE_FILE).keys())
-        for shard, names in shards.items():
-            file = self._shard(shard)
-            if absent := set(names) - set(file.keys()):
+            self._infos = _read_header(self.path, SINGLE_FILE)
+            self.shards: tuple[str, ...] = (SINGLE_FILE,)
+            return
+        names: dict[str, list[str]] = {}
+        for name, shard in weight_map.items():
+            names.setdefault(shard, []).append(name)
+        for shard in names:
+            infos = _read_header(self.path, shard)
+            if absent := set(names[shard]) - set(infos):
                 raise UserError(f"{self.path / shard} lacks {some(absent)}, which {INDEX_FILE} places there")
-            for name in names:
-                entry = file.get_slice(name)
-                self._infos[name] = TensorInfo(tuple(entry.get_shape()), entry.get_dtype(), shard)
-        self.shards = tuple(sorted(shards))
+            self._infos |= {name: infos[name] for name in names[shard]}
+        self.shards = tuple(sorted(names))
 
     def __contains__(self, name: str) -> bool:
         return name in self._infos
@@ -76,7 +77,7 @@ class CheckpointReader:
         return len(self._infos)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape, dtype and shard, without reading the tensor."""
+        """Shape, dtype and place, without reading the tensor."""
         return self._infos[name]
 
     def dtype(self, name: str) -> torch.dtype:
@@ -86,22 +87,40 @@ class CheckpointReader:
             raise UserError(f"{self.path}: tensor {name} has dtype {stored}, expected one of {', '.join(DTYPES)}")
         return DTYPES[stored]
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU. It may be a view of the mapped file: copy it to keep it."""
-        out: Tensor = self._shard(self._infos[name].shard).get_tensor(name)
+    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """The tensor as stored, or some of its rows, on the CPU. Raises `UserError` if the file cannot be read."""
+        info = self._infos[name]
+        file = self.path / info.shard
+        first, end, _ = rows.indices(info.shape[0])
+        out = torch.empty((end - first, *info.shape[1:]), dtype=self.dtype(name))
+        row_bytes = math.prod(info.shape[1:]) * out.dtype.itemsize
+        try:
+            with file.open("rb") as raw:
+                raw.seek(info.offset + first * row_bytes)
+                length = raw.readinto(out.view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise UserError(f"cannot read {name} from {file}: {error.strerror}") from error
+        if length < out.nbytes:
+            raise UserError(f"{file} has been cut short since it was opened: {name} is not whole")
         return out
 
-    def _shard(self, shard: str) -> Any:
-        if self._open_shard is None or self._open_shard[0] != shard:
-            self._open_shard = None  # unmap the last one before the next is mapped
-            file = self.path / shard
-            if not file.is_file():
-                raise UserError(f"shard {file} is missing: download or copy it again")
-            try:
-                self._open_shard = (shard, safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is truncated or no safetensors file ({error}): download it again") from error
-        return self._open_shard[1]
+
+def _read_header(path: Path, shard: str) -> dict[str, TensorInfo]:
+    """What a shard's header says of its tensors, once the reference library has found that it fits the file."""
+    file = path / shard
+    if not file.is_file():
+        raise UserError(f"shard {file} is missing: download or copy it again")
+    try:
+        with safe_open(file, framework="pt"), file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is truncated or no safetensors file ({error}): download it again") from error
+    return {
+        name: TensorInfo(tuple(entry["shape"]), entry["dtype"], shard, 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _read_index(path: Path) -> dict[str, str] | None:

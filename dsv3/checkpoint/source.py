@@ -19,7 +19,7 @@ from dsv3.checkpoint.names import CanonicalTensor, canonical_tensors
 from dsv3.checkpoint.reader import CheckpointReader, some
 from dsv3.config import ModelConfig
 from dsv3.errors import UserError
-from dsv3.ops.fp8 import dequantize_blocks, scale_shape
+from dsv3.ops.fp8 import BLOCK, dequantize_blocks, scale_shape
 
 SCALE_SUFFIX = "_scale_inv"
 # Buffers that old exporters wrote beside the weights; they follow from the config.
@@ -113,13 +113,17 @@ class Checkpoint:
         """The dtype of one tensor in the files."""
         return self.reader.dtype(self._name(tensor))
 
-    def read(self, tensor: CanonicalTensor) -> Stored:
-        """One tensor, on the CPU. Raises `UserError` if a scale is NaN or infinite."""
+    def read(self, tensor: CanonicalTensor, rows: slice = slice(None)) -> Stored:
+        """One tensor, or rows of it that start at a multiple of 128, on the CPU.
+
+        Raises `UserError` if a scale is NaN or infinite.
+        """
         name = self._name(tensor)
-        payload = self.reader.tensor(name)
+        payload = self.reader.tensor(name, rows)
         if self.reader.dtype(name) != torch.float8_e4m3fn:
             return Stored(payload)
-        scale = self.reader.tensor(name + SCALE_SUFFIX).float()
+        first, end, _ = rows.indices(tensor.shape[0])
+        scale = self.reader.tensor(name + SCALE_SUFFIX, slice(first // BLOCK, -(-end // BLOCK))).float()
         if not scale.isfinite().all():
             raise UserError(f"{self.reader.path}: {name + SCALE_SUFFIX} has scales that are NaN or infinite")
         return Stored(payload, scale)

@@ -1,107 +1,148 @@
-"""Packed token ids to batches: shuffled windows for training, windows in order for evaluation.
+"""Prepared data to batches: windows of it shuffled and mixed for training, in order for evaluation.
 
-A training sequence is a pure function of the seed and its number. A run that is resumed therefore sees exactly
-what it would have seen without the break, no data state needs to be saved, and the batch size may change.
+Training sequence n is a pure function of the data, the seed and n: n says which source it is from and the how
+many-th of that source, this in which epoch and which window, and this in which shard and at which offset. So the
+whole state of the data is one number. A run that is resumed, on however many processes, with whatever batch size,
+sees exactly what it would have seen; each process of a data-parallel run takes its rows of `sequences` and no other.
 
 Legend: B batch, S sequence length, N tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from dsv3.data.draws import shuffled
+from dsv3.data.prepared import PreparedSource
+from dsv3.data.shards import Shard
 from dsv3.errors import UserError
 
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it lie far apart
-_ROUNDS = 6
+_LONGEST_CYCLE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a training sequence lies: S + 1 ids of a shard from `offset` on, in the source's `epoch` (0 the first)."""
+
+    source: str
+    epoch: int
+    shard: Shard
+    offset: int
 
 
 class SequenceSampler:
-    """One endless order of training sequences over `tokens` [N], from which a batch is any stretch.
+    """One endless order of training sequences over `sources`, from which a batch is any stretch.
 
-    A sequence is a window of S + 1 ids. Windows start every S tokens, so that each token but the first is a
-    target once an epoch; each window comes once an epoch, in an order that is new each epoch; a last incomplete
-    window is left out. Raises `UserError` for a `seq_len` below 1 or data shorter than one window.
+    A sequence is a window of S + 1 ids of one shard. Windows start every S ids, so that each but the first is a
+    target once an epoch; each window of a source comes once in its epoch, in an order that is new each epoch; an
+    incomplete window at a shard's end is left out. Sources take turns in a cycle that has exactly their shares, as
+    evenly as can be.
+
+    Raises `UserError` for a `seq_len` below 1, a source shorter than a window, or shares of too many digits.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int) -> None:
-        self._tokens = tokens
+    def __init__(self, sources: Sequence[PreparedSource], seq_len: int, seed: int) -> None:
+        self._sources = sources
         self._seq_len = seq_len
         self._seed = seed
-        self.num_windows = _count_windows(tokens, seq_len)
+        self._windows = [_Windows(source.name, source.train, seq_len) for source in sources]
+        denominator = math.lcm(*(source.share.denominator for source in sources))
+        if denominator > _LONGEST_CYCLE:
+            raise UserError(f"the sources' weights repeat after {denominator:,} sequences only; give fewer digits")
+        self._turns = [int(source.share * denominator) for source in sources]  # of each source in a cycle
+        self._turn_source, self._turn_number = _cycle(self._turns)
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """How many sequences an epoch of each source has."""
+        return {source.name: windows.count for source, windows in zip(self._sources, self._windows, strict=True)}
 
     def sequences(self, first: int, count: int) -> torch.Tensor:
         """Sequences number `first` (0, 1, ...) to `first + count - 1`: int64 [count, S + 1].
 
-        Columns 0 to S - 1 are inputs, 1 to S their targets. An epoch may end and the next begin in between.
+        Columns 0 to S - 1 are inputs, 1 to S their targets.
         """
-        numbers_B = np.arange(first, first + count, dtype=np.uint64)
-        windows = np.uint64(self.num_windows)
-        windows_B = shuffled(numbers_B % windows, numbers_B // windows, self.num_windows, self._seed)
-        return _gather(self._tokens, windows_B.astype(np.int64), self._seq_len)
+        rows = np.empty((count, self._seq_len + 1), np.int64)
+        sources_B, _, windows_B = self._find(first, count)
+        for row, source, window in zip(rows, sources_B.tolist(), windows_B.tolist(), strict=True):
+            row[:] = self._windows[source][window]
+        return torch.from_numpy(rows)
+
+    def place(self, number: int) -> Place:
+        """Where sequence `number` lies."""
+        source, epoch, window = (int(found[0]) for found in self._find(number, 1))
+        shard, offset = self._windows[source].place(window)
+        return Place(self._sources[source].name, epoch, self._sources[source].train[shard], offset)
+
+    def _find(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source, epoch and window, [B] each, of `count` sequences."""
+        cycle_B, turn_B = np.divmod(np.arange(first, first + count), len(self._turn_source))
+        sources_B = self._turn_source[turn_B]
+        epochs_B, windows_B = np.empty_like(cycle_B), np.empty_like(cycle_B)
+        for source, windows in enumerate(self._windows):
+            mine = sources_B == source
+            numbers = (cycle_B[mine] * self._turns[source] + self._turn_number[turn_B[mine]]).astype(np.uint64)
+            epoch, position = np.divmod(numbers, np.uint64(windows.count))
+            epochs_B[mine] = epoch
+            windows_B[mine] = shuffled(position, epoch, windows.count, self._seed + (source << 32))
+        return sources_B, epochs_B, windows_B
 
 
 def held_out_windows(
-    tokens: np.ndarray, seq_len: int, batch_size: int, max_batches: int | None = None
+    source: PreparedSource, seq_len: int, batch_size: int, max_batches: int | None = None
 ) -> Iterator[torch.Tensor]:
-    """The windows of `tokens` [N] in order, as int64 [b, S + 1] with b = B but for a smaller last batch.
+    """The held-out windows of `source` in order, as int64 [b, S + 1] with b = B but for a smaller last batch.
 
-    Each token but the first is a target at most once; an incomplete last window is left out. Raises
-    `UserError`, when iterated, as `SequenceSampler` does.
+    Each token but the first of a shard is a target at most once; an incomplete window at a shard's end is left out.
+    Raises `UserError`, when iterated, as `SequenceSampler` does.
     """
-    count = _count_windows(tokens, seq_len)
-    if max_batches is not None:
-        count = min(count, max_batches * batch_size)
+    windows = _Windows(source.name, source.held_out, seq_len)
+    count = windows.count if max_batches is None else min(windows.count, max_batches * batch_size)
     for start in range(0, count, batch_size):
-        yield _gather(tokens, np.arange(start, min(start + batch_size, count)), seq_len)
+        rows = [windows[number] for number in range(start, min(start + batch_size, count))]
+        yield torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def _count_windows(tokens: np.ndarray, seq_len: int) -> int:
-    if seq_len < 1:
-        raise UserError(f"seq_len is {seq_len}, expected at least 1")
-    if len(tokens) < seq_len + 1:
-        raise UserError(
-            f"the data has {len(tokens)} tokens, fewer than one window of seq_len + 1 = {seq_len + 1}; "
-            "give more text or a smaller seq_len"
-        )
-    return (len(tokens) - 1) // seq_len
+class _Windows:
+    """The windows of S + 1 ids of a row of shards, numbered from 0 to `count` - 1."""
+
+    def __init__(self, source: str, shards: Sequence[Shard], seq_len: int) -> None:
+        if seq_len < 1:
+            raise UserError(f"seq_len is {seq_len}, expected at least 1")
+        self._shards = shards
+        self._seq_len = seq_len
+        self._ends = list(itertools.accumulate((len(shard.ids) - 1) // seq_len for shard in shards))
+        self.count = self._ends[-1] if shards else 0
+        if self.count == 0:
+            longest = max((len(shard.ids) for shard in shards), default=0)
+            raise UserError(
+                f"the longest shard of source '{source}' has {longest} tokens, fewer than one window of "
+                f"seq_len + 1 = {seq_len + 1}; give more text or a smaller seq_len"
+            )
+
+    def place(self, window: int) -> tuple[int, int]:
+        """The number of the shard in which `window` lies, and the offset of its first id."""
+        shard = bisect_right(self._ends, window)
+        return shard, (window - (self._ends[shard - 1] if shard else 0)) * self._seq_len
+
+    def __getitem__(self, window: int) -> np.ndarray:
+        shard, offset = self.place(window)
+        return self._shards[shard].ids[offset : offset + self._seq_len + 1]
 
 
-def _gather(tokens: np.ndarray, windows_B: np.ndarray, seq_len: int) -> torch.Tensor:
-    indices_BS = windows_B[:, None] * seq_len + np.arange(seq_len + 1)
-    return torch.from_numpy(tokens[indices_BS].astype(np.int64))
+def _cycle(turns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Whose turn it is at each place of a cycle, and the how many-th of theirs it is: [sum(turns)] each.
 
-
-def shuffled(position: np.ndarray, epoch: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """What stands at `position` when 0 ... `count` - 1 are shuffled for `epoch`. All arrays uint64, [...].
-
-    A Feistel network: it permutes the numbers of an even count of bits whatever its round function is, so the
-    order needs neither memory nor history. Results at or past `count` are permuted again until they are below
-    (cycle walking), which leaves a permutation of the numbers below. Written out instead of taken from numpy,
-    whose random streams may change between versions, and with them the batches of a resumed run.
+    Turn k of a source with c turns falls due at (k + 1/2) / c of the cycle, and what falls due first comes first.
     """
-    # At least 3 bits a half: over smaller domains a Feistel network reaches too few of the permutations.
-    half = np.uint64(max(3, ((count - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    key = _mix(_mix(np.full_like(position, seed % 2**64)) + epoch)
-    result = position.copy()
-    outside = np.ones(position.shape, dtype=bool)
-    while outside.any():
-        left, right = result[outside] >> half, result[outside] & mask
-        for round_ in range(_ROUNDS):
-            round_key = _mix(key[outside] + np.uint64(round_))
-            left, right = right, left ^ (_mix(round_key ^ right) & mask)
-        result[outside] = left << half | right
-        outside = result >= count
-    return result
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit numbers in which each bit of the input moves about half of the output's (splitmix64)."""
-    x = x + np.uint64(_GOLDEN)
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
+    source = np.repeat(np.arange(len(turns)), turns)
+    number = np.concatenate([np.arange(count) for count in turns])
+    due = np.argsort((number + 0.5) / np.array(turns)[source], kind="stable")
+    return source[due], number[due]

@@ -37,13 +37,13 @@ def shuffled(position: np.ndarray, epoch: np.ndarray, count: int, seed: int) -> 
     half = np.uint64(max(3, ((count - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     key = mix(mix(np.full_like(position, seed % 2**64)) + epoch)
+    round_keys = [mix(key + np.uint64(round_)) for round_ in range(_ROUNDS)]
     result = position.copy()
     outside = np.ones(position.shape, dtype=bool)
     while outside.any():
         left, right = result[outside] >> half, result[outside] & mask
-        for round_ in range(_ROUNDS):
-            round_key = mix(key[outside] + np.uint64(round_))
-            left, right = right, left ^ (mix(round_key ^ right) & mask)
+        for round_key in round_keys:
+            left, right = right, left ^ (mix(round_key[outside] ^ right) & mask)
         result[outside] = left << half | right
         outside = result >= count
     return result

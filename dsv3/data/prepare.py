@@ -1,156 +1,273 @@
-"""From a corpus to a folder that training can start from, once.
+"""From sources of text to a folder that training can start from.
 
-    tokenizer/tokenizer.json, tokenizer_config.json
-    train.npy, held_out.npy      packed token ids
-    data.json                    what they are: source, sizes, hashes
-
-`data.json` is written last: a folder that has one is complete, and is never written to again.
+All text is read once, to find what is broken before hours of work, to count it and to train the tokenizer; then
+again to be encoded, unit by unit. What is in a unit follows from the text and the settings alone, so a preparation
+that was killed goes on behind its last whole unit and ends with the same bytes as one that was not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
+import itertools
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsv3.data.corpus import Document, read_corpus
-from dsv3.data.packed import TokenData, load_tokens, pack, save_tokens
-from dsv3.data.split import PIECE_CHARACTERS, cut_at_lines, split_held_out
-from dsv3.data.tokenizer import Tokenizer
+from dsv3.data.config import DataConfig
+from dsv3.data.encode import DocumentEncoder
+from dsv3.data.formats import Document
+from dsv3.data.manifest import (
+    ANEW,
+    Extent,
+    Manifest,
+    SourceRecord,
+    Unit,
+    is_prepared,
+    read_manifest,
+    tokenizer_folder,
+    write_manifest,
+)
+from dsv3.data.prepared import PreparedData, load_prepared
+from dsv3.data.sample import TextSample
+from dsv3.data.shards import ShardWriter, check_file, check_shard, sha256
+from dsv3.data.sources import Source, first_bytes, parse_sources, read_source
+from dsv3.data.split import SIDES, Part, Side, Split, plan_split
+from dsv3.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from dsv3.errors import UserError
-from dsv3.files import atomic_writer
 
-_DESCRIPTION = "data.json"
-_TOKENIZER = "tokenizer/tokenizer.json"
-_REMEDY = "prepare the corpus again into another folder"
 # Merges hardly change beyond this much text, while training time keeps growing.
 _TOKENIZER_CHARACTERS = 20_000_000
+_BATCH_CHARACTERS = 1 << 22  # how much text is encoded at once: enough to keep every core busy
 
 
 @dataclass(frozen=True)
-class PreparedData:
-    """A prepared corpus: its tokenizer and both sides of it."""
+class Progress:
+    """How far a stage of a preparation is; `total_bytes` is None where the end is not known."""
 
-    corpus: str
-    tokenizer: Tokenizer
-    train: TokenData
-    held_out: TokenData
+    stage: str
+    text_bytes: int
+    total_bytes: int | None = None
+    tokens: int = 0
 
 
 def prepare(
-    corpus: str,
-    vocab_size: int,
+    spec: str,
     folder: Path,
+    tokenizer: Tokenizer | int,
+    config: DataConfig | None = None,
     *,
-    seed: int,
-    held_out: float = 0.05,
-    max_bytes: int | None = None,
-    progress: Callable[[str], None] | None = None,
+    report: Callable[[str], None] | None = None,
+    advance: Callable[[Progress], None] | None = None,
 ) -> PreparedData:
-    """Read `corpus` (see `read_corpus`), split it, train a tokenizer on the training side, encode, save.
+    """Encode the sources of `spec` (see `parse_sources`) into `folder`.
 
-    At most the first `max_bytes` bytes of text are used. The tokenizer sees at most 20 million characters,
-    taken evenly. The whole corpus is held in memory meanwhile. `progress` is told of each stage. What an
-    interrupted call left in `folder` is overwritten; prepared data is not: that is a `UserError`, as is
-    anything wrong with the corpus, `vocab_size`, `held_out` or `max_bytes`.
+    `tokenizer` is the one to encode with, or the number of ids of a new one, which is trained on up to 20 million
+    characters of the training side, taken evenly and from each source in its share. `report` is told of each stage,
+    `advance` of the progress in between.
+
+    Called again with the same arguments it goes on where it was interrupted, makes again what is damaged, and leaves
+    alone what is whole. Raises `UserError` for anything wrong with a source or a setting, a full disk, a source that
+    changed meanwhile, or a folder with data of other settings; what is done by then is kept.
     """
-    if (folder / _DESCRIPTION).exists():
-        raise UserError(f"'{folder}' already holds prepared data; load it, or choose another folder")
-    if max_bytes is not None and max_bytes < 1:
-        raise UserError(f"max_bytes is {max_bytes}, expected at least 1")
-    report = progress or (lambda message: None)
-
-    documents = _first_bytes(read_corpus(corpus, progress), max_bytes)
-    train_documents, held_out_documents = split_held_out(documents, held_out, seed=seed)
-    report(f"read '{corpus}': {len(train_documents)} documents to train on, {len(held_out_documents)} held out")
-    tokenizer = Tokenizer.train(_even_sample(train_documents, _TOKENIZER_CHARACTERS), vocab_size)
-    report(f"trained a tokenizer of {tokenizer.vocab_size} tokens")
-    sides = {"train": pack(tokenizer, train_documents), "held_out": pack(tokenizer, held_out_documents)}
-
-    tokenizer.save(folder / "tokenizer")
-    description: dict[str, Any] = {
-        "corpus": corpus,
-        "python": platform.python_version(),  # the standard library is another text in each version
-        "seed": seed,
-        "held_out_fraction": held_out,
-        "max_bytes": max_bytes,
-        "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": _sha256(folder / _TOKENIZER)},
+    config = config or DataConfig()
+    job = _Job(folder, config, report or (lambda message: None), advance or (lambda progress: None))
+    settings = {
+        "spec": spec,
+        "tokenizer": tokenizer if isinstance(tokenizer, int) else tokenizer.fingerprint,
+        **dataclasses.asdict(config),
     }
-    for side, data in sides.items():
-        save_tokens(folder / f"{side}.npy", data.ids)
-        description[side] = {
-            "documents": data.documents,
-            "text_bytes": data.text_bytes,
-            "tokens": len(data.ids),
-            "sha256": _sha256(folder / f"{side}.npy"),
-        }
-        report(f"{side}: {data.text_bytes / 1e6:.2f} MB of text as {len(data.ids):,} tokens")
-    with atomic_writer(folder / _DESCRIPTION) as file:
-        file.write(json.dumps(description, indent=2).encode())
-    return load_prepared(folder)
+    manifest = job.take_up(settings) if is_prepared(folder) else job.begin(parse_sources(spec), tokenizer, settings)
+    if not manifest.complete:
+        job.encode(manifest)
+    return load_prepared(folder, verify=False)
 
 
-def load_prepared(folder: Path) -> PreparedData:
-    """Open what `prepare` left in `folder`; the token ids are mapped, not read.
+@dataclass(frozen=True)
+class _Job:
+    """One preparation: what each of its stages needs to know."""
 
-    Raises `UserError` if a file is missing or is not, to the byte, the one that was written.
-    """
-    path = folder / _DESCRIPTION
-    if not path.is_file():
-        raise UserError(f"'{folder}' holds no prepared data (no {_DESCRIPTION}); prepare a corpus into it first")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        corpus = str(description["corpus"])
-        hashes = {_TOKENIZER: description["tokenizer"]["sha256"]}
-        sizes = {}
-        for side in ("train", "held_out"):
-            hashes[f"{side}.npy"] = description[side]["sha256"]
-            sizes[side] = int(description[side]["documents"]), int(description[side]["text_bytes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{path}' is damaged ({error!r}); {_REMEDY}") from error
-    for name, expected in hashes.items():
-        if not (folder / name).is_file():
-            raise UserError(f"'{folder / name}' is missing; {_REMEDY}")
-        if _sha256(folder / name) != expected:
-            raise UserError(f"'{folder / name}' has changed since it was prepared (its SHA-256 differs); {_REMEDY}")
-    train, held_out = (TokenData(load_tokens(folder / f"{side}.npy"), *size) for side, size in sizes.items())
-    return PreparedData(corpus, Tokenizer.load(folder / "tokenizer"), train, held_out)
+    folder: Path
+    config: DataConfig
+    report: Callable[[str], None]
+    advance: Callable[[Progress], None]
+
+    def begin(self, sources: list[Source], tokenizer: Tokenizer | int, settings: dict[str, Any]) -> Manifest:
+        """All that comes before the first token: what is held out, a look at all text, the tokenizer."""
+        readers = {source.name: partial(self._documents, source.name) for source in sources}
+        split = plan_split(readers, self.config.held_out, self.config.seed)
+        records: list[SourceRecord] = []
+        texts: list[str] = []
+        for source in sources:
+            sample = TextSample(int(_TOKENIZER_CHARACTERS * source.share), self.config.seed)
+            whole = self._survey(source.name, split, sample if isinstance(tokenizer, int) else None)
+            records.append(SourceRecord(source.name, source.share, whole))
+            texts += sample.texts()
+            self.report(f"read '{source.name}': {whole.documents:,} documents, {whole.text_bytes / 1e6:,.2f} MB")
+        if isinstance(tokenizer, int):
+            tokenizer = Tokenizer.train(texts, tokenizer)
+            self.report(f"trained a tokenizer of {tokenizer.vocab_size} tokens")
+        tokenizer.save(tokenizer_folder(self.folder))
+        manifest = Manifest(
+            settings=settings,
+            python=platform.python_version(),
+            tokenizer_sha256=sha256(tokenizer_folder(self.folder) / TOKENIZER_FILE),
+            fingerprint=tokenizer.fingerprint,
+            split=split,
+            sources=tuple(records),
+        )
+        write_manifest(self.folder, manifest)
+        return manifest
+
+    def take_up(self, settings: dict[str, Any]) -> Manifest:
+        """The manifest of what an earlier call left, without what has been damaged since."""
+        manifest = read_manifest(self.folder)
+        for name, value in settings.items():
+            if (old := manifest.settings.get(name)) != value:
+                raise UserError(
+                    f"'{self.folder}' holds data prepared with {name} {old!r}, not {value!r}; choose another folder"
+                )
+        check_file(tokenizer_folder(self.folder) / TOKENIZER_FILE, manifest.tokenizer_sha256, ANEW)
+        for leftover in self.folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
+        for number, source in enumerate(manifest.sources):
+            source = dataclasses.replace(source, units=tuple(itertools.takewhile(self._is_whole, source.units)))
+            manifest = manifest.with_source(number, source)
+        return manifest
+
+    def encode(self, manifest: Manifest) -> None:
+        """Everything that is not in shards yet."""
+        tokenizer = Tokenizer.load(tokenizer_folder(self.folder))
+        encoder = DocumentEncoder(tokenizer, self.config.fim_rate, self.config.split_rate)
+        for number, source in enumerate(manifest.sources):
+            if source.complete:
+                continue
+            source = self._made_from_present_text(source, manifest.split)
+            manifest = manifest.with_source(number, source)
+            for end, writers in self._units(source, manifest.split, encoder):
+                path = f"source-{number}/{{side}}-{len(source.units):05}"
+                shards = {
+                    side: writer.write(self.folder, path.format(side=side))
+                    for side, writer in writers.items()
+                    if writer.tokens
+                }
+                source = dataclasses.replace(source, units=(*source.units, Unit(end, shards)))
+                manifest = manifest.with_source(number, source)
+                write_manifest(self.folder, manifest)
+            write_manifest(self.folder, manifest)
+            train, held_out = (sum(shard.tokens for shard in source.shards(side)) for side in SIDES)
+            self.report(f"encoded '{source.name}': {train:,} tokens to train on, {held_out:,} held out")
+
+    def _survey(self, name: str, split: Split, sample: TextSample | None) -> Extent:
+        """All of a source, whose training side goes into `sample`."""
+        meter = _Meter(split)
+        for batch in _batches(self._documents(name, self.report), _BATCH_CHARACTERS):
+            for part in meter.parts(batch):
+                if sample is not None and part.side == "train":
+                    sample.add(part.text)
+            self.advance(Progress(f"reading '{name}'", meter.extent().text_bytes))
+        return meter.extent()
+
+    def _made_from_present_text(self, source: SourceRecord, split: Split) -> SourceRecord:
+        """`source`, if it is what it was, without units that were made from it while it was something else."""
+        if not source.units:
+            return source
+        meter = _Meter(split)
+        good = 0
+        for document in self._documents(source.name):
+            meter.parts([document])
+            good += good < len(source.units) and meter.extent() == source.units[good].end
+        _require_same(source.name, meter.extent(), source.whole)
+        return dataclasses.replace(source, units=source.units[:good])
+
+    def _units(
+        self, source: SourceRecord, split: Split, encoder: DocumentEncoder
+    ) -> Iterator[tuple[Extent, dict[Side, ShardWriter]]]:
+        """What is left of a source in units: where each ends, and its documents, encoded."""
+        documents = self._documents(source.name)
+        meter = _Meter(split)
+        if source.units:
+            done = itertools.islice(documents, source.units[-1].end.documents)
+            for batch in _batches(done, _BATCH_CHARACTERS):
+                meter.parts(batch)
+        tokens = sum(shard.tokens for side in SIDES for shard in source.shards(side))
+        writers = _new_writers()
+        # A batch belongs to one unit, so it may not be larger than one.
+        for batch in _batches(documents, min(_BATCH_CHARACTERS, self.config.shard_tokens)):
+            if sum(writer.tokens for writer in writers.values()) >= self.config.shard_tokens:
+                yield meter.extent(), writers
+                writers = _new_writers()
+            parts = meter.parts(batch)
+            for part, ids in zip(parts, encoder.encode(parts), strict=True):
+                writers[part.side].add(part, ids)
+                tokens += len(ids)
+            text_bytes, total = meter.extent().text_bytes, source.whole.text_bytes
+            self.advance(Progress(f"encoding '{source.name}'", text_bytes, total, tokens))
+        _require_same(source.name, meter.extent(), source.whole)
+        yield meter.extent(), writers
+
+    def _documents(self, name: str, report: Callable[[str], None] | None = None) -> Iterator[Document]:
+        return first_bytes(read_source(name, report), self.config.max_bytes)
+
+    def _is_whole(self, unit: Unit) -> bool:
+        try:
+            for shard in unit.shards.values():
+                check_shard(self.folder, shard)
+        except UserError as error:
+            self.report(f"making again: {error}")
+            return False
+        return True
 
 
-def _first_bytes(documents: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
-    """The documents up to `max_bytes` bytes of text, the last one cut to fit."""
-    left = max_bytes
+class _Meter:
+    """Splits documents and measures how far their source has been read."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self._documents = self._text_bytes = 0
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def parts(self, documents: Iterable[Document]) -> list[Part]:
+        """The parts of the documents that come next."""
+        parts: list[Part] = []
+        for document in documents:
+            parts += self._split.parts(document)
+            self._documents += 1
+        for part in parts:
+            self._text_bytes += len(part.text.encode())
+            self._digest.update(part.digest.to_bytes(8))
+        return parts
+
+    def extent(self) -> Extent:
+        """All of the source so far."""
+        return Extent(self._documents, self._text_bytes, self._digest.hexdigest())
+
+
+def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    """The documents in runs of at least so many characters, but for the last."""
+    batch: list[Document] = []
+    gathered = 0
     for document in documents:
-        if left is None:
-            yield document
-            continue
-        data = document.text.encode()[:left]
-        left -= len(data)
-        if text := data.decode(errors="ignore"):
-            yield Document(text, document.source)
-        if left == 0:
-            return
+        batch.append(document)
+        gathered += len(document.text)
+        if gathered >= characters:
+            yield batch
+            batch, gathered = [], 0
+    if batch:
+        yield batch
 
 
-def _even_sample(documents: list[Document], max_characters: int) -> Iterator[str]:
-    """All texts, or pieces of them at even distances that come to about `max_characters` in all."""
-    total = sum(len(document.text) for document in documents)
-    if total <= max_characters:
-        yield from (document.text for document in documents)
-        return
-    taken = seen = 0
-    for document in documents:
-        for piece in cut_at_lines(document.text, PIECE_CHARACTERS):
-            seen += len(piece)
-            if taken * total < seen * max_characters:
-                taken += len(piece)
-                yield piece
+def _new_writers() -> dict[Side, ShardWriter]:
+    return {side: ShardWriter() for side in SIDES}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _require_same(source: str, found: Extent, expected: Extent) -> None:
+    if found != expected:
+        raise UserError(
+            f"source '{source}' has changed since its preparation began ({found.documents:,} documents of "
+            f"{found.text_bytes:,} bytes, expected {expected.documents:,} of {expected.text_bytes:,}, or the same with "
+            "other content); bring back what it was, or prepare it in another folder"
+        )

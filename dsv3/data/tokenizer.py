@@ -9,9 +9,11 @@ of text a token stands for (`Tokenizer.token_bytes`).
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -32,6 +34,8 @@ ASSISTANT = "<｜Assistant｜>"
 # end of its 128K vocabulary, follow at once so that they do not move with the size of a small one.
 SPECIAL_TOKENS = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT)
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+TOKENIZER_FILE = "tokenizer.json"
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
@@ -54,13 +58,15 @@ class Tokenizer:
     """A byte-level BPE tokenizer that has V3's special tokens.
 
     `vocab_size` counts ids, special tokens included; a model's vocabulary may be larger, never smaller.
-    `document_start_id` is what stands before a document in packed training data (the EOS of the one before), and
-    so what a model wants to see before a text that begins.
+    `added_tokens` are all ids that no text gives, by their names: special tokens and markup such as `<think>`.
+    `document_start_id` is what a model wants to see before a text that begins. For ours that is what stood there in
+    training, the EOS of the document before; for a tokenizer that says `add_bos_token`, as the release's does, BOS.
+    `fingerprint` says what each id stands for: tokenizers that share it understand each other's ids.
     `token_bytes` [vocab_size] int64 holds how many bytes of UTF-8 text each id stands for, 0 for special
     tokens; the loss in bits per byte over targets t is `sum(nats_t) / ln 2 / sum(token_bytes[t])`.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, *, add_bos_token: bool = False) -> None:
         """Wrap a `tokenizers.Tokenizer`; `UserError` if it is not byte-level or lacks a special token of V3."""
         self._backend = backend
         # Encoding goes through a copy that has never heard of special tokens: then no text can spell one.
@@ -73,10 +79,11 @@ class Tokenizer:
             raise UserError(f"the tokenizer lacks DeepSeek-V3's special tokens {', '.join(missing)}")
         self._ids = {token: vocab[token] for token in SPECIAL_TOKENS}
         self.bos_id, self.eos_id, self.pad_id = (self._ids[token] for token in (BOS, EOS, PAD))
-        self.document_start_id = self.eos_id
+        self.document_start_id = self.bos_id if add_bos_token else self.eos_id
         self.vocab_size: int = max(vocab.values()) + 1
 
         added = backend.get_added_tokens_decoder()
+        self.added_tokens = {token.content: index for index, token in added.items()}
         byte_of = _byte_of_character()
         self._pieces = [_REPLACEMENT] * self.vocab_size
         try:
@@ -89,6 +96,8 @@ class Tokenizer:
             if added_token.special:
                 self._text_pieces[index] = b""
         self.token_bytes = np.array([len(piece) for piece in self._text_pieces], dtype=np.int64)
+        spelled = json.dumps([piece.hex() for piece in self._pieces])
+        self.fingerprint = hashlib.sha256(spelled.encode()).hexdigest()[:16]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -151,6 +160,7 @@ class Tokenizer:
         """Write `tokenizer.json` and `tokenizer_config.json`, from which `AutoTokenizer` loads the same one."""
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": self.document_start_id == self.bos_id,
             "bos_token": BOS,
             "eos_token": EOS,
             "pad_token": PAD,
@@ -158,7 +168,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
         }
         make_folder(folder)
-        with atomic_writer(folder / "tokenizer.json") as file:
+        with atomic_writer(folder / TOKENIZER_FILE) as file:
             file.write(self._backend.to_str(pretty=True).encode())
         with atomic_writer(folder / "tokenizer_config.json") as file:
             file.write(json.dumps(settings, indent=2, ensure_ascii=False).encode())
@@ -167,9 +177,11 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer:
         """The tokenizer of `folder`, ours or DeepSeek-V3's own.
 
-        Raises `UserError` if `tokenizer.json` is missing, damaged, or not a byte-level BPE with V3's tokens.
+        Raises `UserError` if `tokenizer.json` is missing, damaged, or not a byte-level BPE with V3's tokens, or if
+        `tokenizer_config.json`, which may be missing, is damaged.
         """
-        path = folder / "tokenizer.json"
+        add_bos_token = bool(tokenizer_settings(folder).get("add_bos_token"))
+        path = folder / TOKENIZER_FILE
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -179,9 +191,23 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing more precise
             raise UserError(f"'{path}' is not a tokenizer: {error}") from error
         try:
-            return cls(backend)
+            return cls(backend, add_bos_token=add_bos_token)
         except UserError as error:
             raise UserError(f"cannot use '{path}': {error}") from error
+
+
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """The fields of the folder's `tokenizer_config.json`, none if it has no such file; `UserError` if it is damaged."""
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read '{path}': {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"'{path}' holds a JSON {type(settings).__name__}, expected an object")
+    return settings
 
 
 class StreamDecoder:

@@ -18,7 +18,7 @@ def sequence_balance_loss(scores_BSE: Tensor, top_k: int, valid_BS: Tensor | Non
     E = scores_BSE.shape[-1]
     chosen_BSE = torch.zeros_like(scores_BSE)
     chosen_BSE.scatter_(-1, scores_BSE.detach().topk(top_k, dim=-1).indices, 1.0)
-    share_BSE = scores_BSE / scores_BSE.sum(-1, keepdim=True)
+    share_BSE = scores_BSE / (scores_BSE.sum(-1, keepdim=True) + 1e-20)  # scores may all underflow
     if valid_BS is None:
         length_B1: Tensor | int = scores_BSE.shape[1]
     else:

@@ -15,8 +15,8 @@ from dsv3.model.router import Router, Routing
 
 def balanced_bias(bias_E: Tensor, counts_E: Tensor, gamma: float) -> Tensor:
     """The bias after one optimizer step: + gamma if underloaded, - gamma if overloaded, against the mean load."""
-    counts = counts_E.to(torch.float64)  # the mean of integers below 2^53 is compared without rounding
-    return bias_E + gamma * (counts.mean(-1, keepdim=True) - counts).sign().to(bias_E.dtype)
+    # mean - count has the sign of sum - E count, which whole numbers say without rounding.
+    return bias_E + gamma * (counts_E.sum() - len(counts_E) * counts_E).sign().to(bias_E.dtype)
 
 
 class LoadBalancer:
@@ -55,8 +55,7 @@ class LoadBalancer:
         self._counts_LE = torch.zeros_like(counts_LE)
         for router, counts_E in zip(self._routers, counts_LE, strict=True):
             bias_E = router.e_score_correction_bias
-            # A layer that saw no token (an MTP layer that was switched off) has no load to balance.
-            if bias_E is not None and gamma and counts_E.any():
+            if bias_E is not None and gamma:
                 bias_E.copy_(balanced_bias(bias_E, counts_E, gamma))
         return dict(zip(self._names, counts_LE, strict=True))
 
@@ -67,5 +66,5 @@ class LoadBalancer:
 
 def max_violation(counts_E: Tensor) -> float:
     """MaxVio = max_i load_i / mean load - 1: 0 is perfect balance, E/K - 1 the worst."""
-    counts = counts_E.to(torch.float64)
+    counts = counts_E.cpu().to(torch.float64)
     return float(counts.max() / counts.mean().clamp_min(1e-12) - 1)

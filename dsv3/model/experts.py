@@ -67,7 +67,8 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         order_N = routing.expert_ids_TK.flatten().argsort(stable=True)
         counts_E = torch.bincount(routing.expert_ids_TK.flatten(), minlength=routing.scores_TE.shape[1])
-        return Dispatched(recomputed(_Gather.apply, x_TD, order_N), counts_E, order_N, routing.weights_TK)
+        top_k = routing.expert_ids_TK.shape[1]
+        return Dispatched(recomputed(_Gather.apply, x_TD, order_N, top_k), counts_E, order_N, routing.weights_TK)
 
     def combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Tensor:
         out: Tensor = _Combine.apply(rows_ND, dispatched.weights_TK, dispatched.order_N)
@@ -78,15 +79,15 @@ class _Gather(torch.autograd.Function):
     """x[order // K]. Backward brings every choice's gradient home in choice order and sums over K: no scatter-add."""
 
     @staticmethod
-    def forward(ctx, x_TD, order_N):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_TD, order_N, top_k):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(order_N)
-        ctx.T = x_TD.shape[0]
-        return x_TD.index_select(0, order_N // (order_N.shape[0] // max(ctx.T, 1) or 1))
+        ctx.top_k = top_k
+        return x_TD.index_select(0, order_N // top_k)
 
     @staticmethod
     def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
         (order_N,) = ctx.saved_tensors
-        return _to_choices(grad_ND, order_N, ctx.T).sum(1), None
+        return _to_choices(grad_ND, order_N, ctx.top_k).sum(1), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -95,7 +96,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_ND, weights_TK, order_N):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(rows_ND, weights_TK, order_N)
-        choices_TKD = _to_choices(rows_ND, order_N, weights_TK.shape[0])
+        choices_TKD = _to_choices(rows_ND, order_N, weights_TK.shape[1])
         return torch.bmm(weights_TK.to(rows_ND.dtype).unsqueeze(1), choices_TKD).squeeze(1)
 
     @staticmethod
@@ -109,11 +110,11 @@ class _Combine(torch.autograd.Function):
         return grad_ND.mul_(weights_N1), d_weights_TK, None
 
 
-def _to_choices(rows_ND: Tensor, order_N: Tensor, num_tokens: int) -> Tensor:
+def _to_choices(rows_ND: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     """Rows grouped by expert, put back in the order of the choices: [T, K, D]."""
     inverse_N = torch.empty_like(order_N)
     inverse_N[order_N] = torch.arange(order_N.shape[0], device=order_N.device)
-    return rows_ND.index_select(0, inverse_N).view(num_tokens, -1, rows_ND.shape[-1])
+    return rows_ND.index_select(0, inverse_N).view(-1, top_k, rows_ND.shape[-1])
 
 
 class DeepSeekMoE(nn.Module):

@@ -70,8 +70,6 @@ class Transformer(nn.Module):
 
     @recompute.setter
     def recompute(self, value: Recompute) -> None:
-        if isinstance(value, bool):  # TEMPORARY bridge while the callers are moved over
-            value = "full" if value else "none"
         if value not in get_args(Recompute):
             raise UserError(f"recompute is {value!r}, expected one of {', '.join(get_args(Recompute))}")
         self._recompute = value

@@ -28,15 +28,17 @@ def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
 
     `function` must be deterministic and depend on nothing that changes but its inputs and, if it is a module, its
     parameters; a change of either in place before the backward pass is found there and raises `RuntimeError`. Outside
-    `selective_recomputation()`, without gradients and under autocast this is a plain call.
+    `selective_recomputation()`, without gradients, under autocast and in compiled code this is a plain call.
     """
     out = function(*inputs)
-    if torch.is_grad_enabled() and not torch.is_autocast_enabled(out.device.type):
-        # The recipe sits on the memory and not on the tensor: views share it, and it goes when the memory goes.
-        storage = out.untyped_storage()
-        # A result that is its input (a cast to the same type) has nothing to be made from.
-        if not any(isinstance(x, Tensor) and x.untyped_storage() is storage for x in inputs):
-            setattr(storage, _RECIPE, _Recipe(function, inputs, out))
+    # A compiler decides for itself what to make again; under autocast the casts would not be repeated.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch.is_autocast_enabled(out.device.type):
+        return out
+    # The recipe sits on the memory and not on the tensor: views share it, and it goes when the memory goes.
+    storage = out.untyped_storage()
+    # A result that is its input (a cast to the same type) has nothing to be made from.
+    if not any(isinstance(x, Tensor) and x.untyped_storage() is storage for x in inputs):
+        setattr(storage, _RECIPE, _Recipe(function, inputs, out))
     return out
 
 

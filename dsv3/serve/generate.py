@@ -251,7 +251,7 @@ def _as_tensor(tokens: Tensor | Sequence[int]) -> Tensor:
         prompt = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the prompt is no array ({error}), {expected}") from None
-    if prompt.dim() not in (1, 2) or len(prompt) == 0 and prompt.dim() == 2:
+    if prompt.dim() not in (1, 2) or (prompt.dim() == 2 and len(prompt) == 0):
         raise UserError(f"the prompt has shape {list(prompt.shape)}, {expected}")
     if prompt.numel() and (prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool):
         raise UserError(f"the prompt has dtype {prompt.dtype}, {expected}")

@@ -12,6 +12,7 @@ from dsv3.train.schedule import Schedule, parse_schedule, parse_tokens
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16"]
+Optimizer = Literal["adamw", "muon"]
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -46,7 +47,7 @@ class TrainConfig:
     seq_len: int = 256
     """Tokens per sequence."""
     batch_size: str = "16"
-    """Sequences per optimizer step; like the next three a number or a schedule over tokens, e.g. '16, linear 64 30%'."""
+    """Sequences per optimizer step; like the next three a number or a schedule, e.g. '16, linear 64 30%'."""
     learning_rate: str = "0, linear 3e-3 5%, cosine 3e-4 95%"
     """Schedule: a start value, then 'linear VALUE LENGTH', 'cosine VALUE LENGTH', 'hold LENGTH', 'set VALUE'; a length
     is in tokens (25B) or a share of the run (5%). `runs/pretrain_small.sh` shows the report's shape."""
@@ -66,6 +67,16 @@ class TrainConfig:
     """AdamW (the report states none)."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    optimizer: Optimizer = "adamw"
+    """AdamW for everything, or Muon for hidden matrices and AdamW for the rest."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """How AdamW's two moments are kept; the report keeps BF16."""
+    ema_decay: float | None = None
+    """Keep a moving average of the weights in CPU memory, evaluated and saved beside them; e.g. 0.999."""
+    spike_threshold: float = 10.0
+    """A loss so many robust deviations above the last 64 goes back to the last checkpoint and passes the batch over."""
+    give_up_after: int = 5
+    """End the run after so many steps in a row that were not finite or spiked."""
     seed: int = 0
     """Of weights and of the order of the data."""
     device: Device = "auto"
@@ -83,11 +94,20 @@ class TrainConfig:
     """Steps between checkpoints (also after the last)."""
     keep: int = 2
     """Checkpoints to keep."""
+    milestone_every: int | None = None
+    """Besides, keep those whose step is a multiple of this."""
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Further places for the metrics (extra 'log'); metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
         for name in "seq_len clip eval_every eval_tokens save_every keep eps".split():
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        _require(self.spike_threshold >= 1, "spike_threshold", self.spike_threshold, "at least 1")
+        _require(self.give_up_after >= 1, "give_up_after", self.give_up_after, "at least 1")
+        milestone = self.milestone_every
+        _require(milestone is None or milestone >= 1, "milestone_every", milestone, "at least 1")
+        _require(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "in (0, 1)")
@@ -116,7 +136,7 @@ class TrainConfig:
     def from_json(cls, values: dict[str, Any], out: Path) -> TrainConfig:
         """The settings of a saved run that now lies in `out`."""
         try:
-            return cls(**{**values, "out": out})
+            return cls(**{**values, "out": out, "loggers": tuple(values.get("loggers", ()))})
         except TypeError as error:
             raise UserError(f"the run in {out} has settings this version does not know: {error}") from None
 

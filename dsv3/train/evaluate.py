@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3.data.batches import held_out_windows
+from dsv3.data.prepared import PreparedSource
 from dsv3.model.transformer import Transformer
 from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
 from dsv3.train.step import labels_at
@@ -17,7 +18,7 @@ from dsv3.train.step import labels_at
 @torch.no_grad()
 def bits_per_byte(
     model: Transformer,
-    tokens_N: np.ndarray,
+    source: PreparedSource,
     token_bytes_V: np.ndarray,
     *,
     seq_len: int,
@@ -25,7 +26,7 @@ def bits_per_byte(
     max_tokens: int,
     eos_token_id: int | None,
 ) -> float:
-    """-sum log2 p(token) / bytes of those tokens, over about the first `max_tokens` held-out tokens.
+    """-sum log2 p(token) / bytes of those tokens, over about the first `max_tokens` held-out tokens of `source`.
 
     token_bytes_V: bytes of UTF-8 text behind each id (0 for special tokens, whose loss still counts). Targets in
     another document than their input are left out, as in training.
@@ -34,7 +35,7 @@ def bits_per_byte(
     bytes_V = torch.as_tensor(token_bytes_V)
     nats, total_bytes = 0.0, 0
     batches = max(1, max_tokens // (seq_len * batch_size))
-    for tokens_BS1 in held_out_windows(tokens_N, seq_len, batch_size, batches):
+    for tokens_BS1 in held_out_windows(source, seq_len, batch_size, batches):
         labels_BS = labels_at(tokens_BS1, 0, eos_token_id)
         hidden = model.hidden_states(tokens_BS1[:, :-1].to(device), mtp=False)
         nats += float(_loss(model, hidden.main_BSD, labels_BS.to(device)))

@@ -11,14 +11,13 @@ figures/
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3.checkpoint.locate import run_checkpoints, step_folder
+from dsv3.checkpoint.locate import run_checkpoints
 from dsv3.errors import UserError
-from dsv3.files import atomic_writer, make_folder, new_folder, refusals
+from dsv3.files import atomic_writer, make_folder, refusals
 from dsv3.train.config import TrainConfig
 
 
@@ -93,15 +92,6 @@ class Run:
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         return run_checkpoints(self.path)
-
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
-        """Let `write` fill a new checkpoint folder, put it in place whole, and remove all but the newest `keep`."""
-        target = step_folder(self.path, step)
-        with new_folder(target, overwrite=True) as folder:
-            write(folder)
-        for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
-        return target
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -108,5 +108,5 @@ def _number(text: str, name: str, whole: str) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
-        raise UserError(f"setting '{name}' is {whole!r}, in which {text!r} is no number of at least 0: expected {_GRAMMAR}")
+        raise UserError(f"setting '{name}' is {whole!r}, in which {text!r} is no number >= 0: expected {_GRAMMAR}")
     return value

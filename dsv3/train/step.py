@@ -60,7 +60,7 @@ def backward_step(
     counts = [max(int((label != IGNORE).sum()), 1) for label in labels]
     weights = [1.0, *[mtp_weight / max(len(model.mtp), 1)] * len(model.mtp)]
     sums = torch.zeros(depths, dtype=torch.float64)
-    balance: list[float] = []
+    balance = 0.0
     for start in range(0, B, micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         hidden = model.hidden_states(
@@ -73,6 +73,7 @@ def backward_step(
         torch.stack([w / n * loss for w, n, loss in zip(weights, counts, losses, strict=False)]).sum().backward()
         balancer.observe(hidden.routings)
         sums[: len(losses)] += torch.stack([loss.detach() for loss in losses]).double().cpu()
-        balance += [float(r.balance_loss) for r in hidden.routings.values() if r.balance_loss is not None]
+        share = hidden.main_BSD.shape[0] / B / max(len(hidden.routings), 1)
+        balance += sum(share * float(r.balance_loss) for r in hidden.routings.values() if r.balance_loss is not None)
     means = (sums / torch.tensor(counts)).tolist()
-    return Losses(means[0], tuple(means[1:]), sum(balance) / len(balance) if balance else 0.0)
+    return Losses(means[0], tuple(means[1:]) if mtp_weight > 0 else (), balance)

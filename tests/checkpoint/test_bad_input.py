@@ -14,6 +14,7 @@ import torch
 from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.inspect import inspect_checkpoint
 from dsv3.checkpoint.pretrained import load_pretrained
+from dsv3.checkpoint.reader import CheckpointReader
 from dsv3.errors import UserError
 from tests.checkpoint.helpers import edit_shard
 
@@ -51,6 +52,19 @@ def test_truncated_shard(keep: int, folder: Path) -> None:
     shard = shards(folder)[1]
     shard.write_bytes(shard.read_bytes()[:keep])
     refused(folder, shard.name, "truncated")
+
+
+def test_a_shard_that_shrinks_while_it_is_read(folder: Path) -> None:
+    reader = CheckpointReader(folder)
+    name = max(reader, key=lambda name: reader.info(name).offset)
+    file = folder / reader.info(name).shard
+    assert reader.tensor(name).numel()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"cut short since it was opened: {name}"):
+        reader.tensor(name)
+    file.unlink()
+    with pytest.raises(UserError, match=f"cannot read {name} from .*{file.name}: No such file"):
+        reader.tensor(name)
 
 
 def test_missing_shard(folder: Path) -> None:

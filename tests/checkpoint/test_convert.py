@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dsv3.checkpoint import encoding
 from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.names import CanonicalTensor
 from dsv3.checkpoint.pretrained import load_pretrained, save_pretrained
@@ -102,22 +105,45 @@ def test_copies_of_embedding_and_head_are_restored(folder: Path, tmp_path: Path)
     assert same(files["model.layers.3.embed_tokens.weight"], files["model.embed_tokens.weight"])
 
 
-def test_few_tensors_are_in_memory_at_once(fp8_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{}, {"fp8": True}, {"dtype": torch.float32}], ids=str)
+@pytest.mark.parametrize("kind", ["folder", "fp8_folder"])
+def test_tensors_in_pieces_are_the_same_tensors(
+    kind: str, options: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source: Path = request.getfixturevalue(kind)
+    convert(source, tmp_path / "whole", **options)
+    monkeypatch.setattr(encoding, "PIECE", 1)  # 128 rows, the least
+    convert(source, tmp_path / "pieces", **options)
+    whole, pieces = ({file.name: file.read_bytes() for file in (tmp_path / f).iterdir()} for f in ("whole", "pieces"))
+    assert whole == pieces
+
+
+def test_little_is_in_memory_at_once(fp8_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
     read = Checkpoint.read
 
-    def counting(self: Checkpoint, tensor: CanonicalTensor) -> Stored:
+    def counting(self: Checkpoint, tensor: CanonicalTensor, rows: slice) -> Stored:
         nonlocal most
-        stored = read(self, tensor)
-        copy = Stored(stored.payload.clone(), stored.scale)
-        alive.append(weakref.ref(copy.payload))
+        stored = read(self, tensor, rows)
+        assert len(stored.payload) <= 128
+        alive.append(weakref.ref(stored.payload))
         most = max(most, sum(ref() is not None for ref in alive))
-        return copy
+        return stored
 
+    monkeypatch.setattr(encoding, "PIECE", 1)
     monkeypatch.setattr(Checkpoint, "read", counting)
     convert(fp8_folder, tmp_path / "b", fp8=True)
     assert len(alive) > 100 and most <= 2  # the one being written and the next
+
+
+def test_progress_is_told_in_bytes(folder: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    convert(folder, tmp_path / "b", dtype=torch.float32, progress=lambda done, total: told.append((done, total)))
+    total = sum(tensor.nbytes for tensor in read_folder(tmp_path / "b").values())
+    assert {total for _, total in told} == {total}
+    assert len(told) > 100 and told[0][0] > 0 and told[-1][0] == total
+    assert all(before[0] < after[0] for before, after in pairwise(told))
 
 
 def test_verify_tells_a_faithful_conversion_from_a_wrong_one(make_model: MakeModel, tmp_path: Path) -> None:

@@ -91,18 +91,40 @@ def test_model_type_follows_the_router() -> None:
         assert hf["architectures"] == [model_type.replace("deepseek_v", "DeepseekV") + "ForCausalLM"]
 
 
-def test_a_router_that_no_release_has_is_written_with_a_warning() -> None:
-    config = PRESETS["micro"].replace(scoring_func="softmax")
-    with pytest.warns(UserWarning, match="noaux_tc on softmax"):
+V2 = {"scoring_func": "softmax", "topk_method": "greedy", "num_nextn_predict_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scoring_func": "softmax"}, "noaux_tc on softmax scores, .* sigmoid"),
+        (V2 | {"scoring_func": "sigmoid", "norm_topk_prob": False}, "greedy on sigmoid scores, .* softmax"),
+        (V2 | {"norm_topk_prob": True}, r"norm_topk_prob is true, .*\(model_type deepseek_v2\)"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
+        ({"rope_scaling": RopeScaling(4, 128, mscale=0.5, mscale_all_dim=0.0)}, "mscale 0.5 and mscale_all_dim 0.0"),
+    ],
+)
+def test_what_other_readers_would_take_for_another_model_is_written_with_a_warning(
+    changes: dict[str, Any], words: str
+) -> None:
+    config = PRESETS["micro"].replace(**changes)
+    with pytest.warns(UserWarning, match=words) as caught:
         hf = config_to_hf(config, dtype=torch.float32)
+    assert len(caught) == 1
     assert config_from_hf(hf) == config
 
 
-def test_yarn_without_mscales_adds_no_temperature() -> None:
+@pytest.mark.parametrize(
+    ("given", "mscale", "mscale_all_dim"),
+    [({}, 1.0, 0.0), ({"mscale": 0.5}, 0.5, 0.0), ({"mscale_all_dim": 0.5}, 1.0, 0.5), ({"mscale": None}, 1.0, 0.0)],
+)
+def test_yarn_without_an_mscale_is_read_as_the_official_code_reads_it(
+    given: dict[str, Any], mscale: float, mscale_all_dim: float
+) -> None:
     hf = config_to_hf(V3, dtype=torch.bfloat16)
-    hf["rope_scaling"] = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 4096}
-    scaling = RopeScaling(factor=8, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=0.0)
-    assert config_from_hf(hf).rope_scaling == scaling
+    hf["rope_scaling"] = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 4096} | given
+    assert config_from_hf(hf).rope_scaling == RopeScaling(8, 4096, mscale=mscale, mscale_all_dim=mscale_all_dim)
 
 
 @pytest.mark.parametrize(

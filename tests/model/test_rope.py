@@ -61,6 +61,22 @@ def test_a_factor_of_one_is_no_scaling():
     torch.testing.assert_close(inverse_frequencies(config), inverse_frequencies(BASE))
 
 
+SCALINGS = {
+    "within the pairs": YARN,
+    "from before the first pair": RopeScaling(4, 64, beta_fast=32, beta_slow=1),
+    "to behind the last pair": RopeScaling(4, 10**9, beta_fast=32, beta_slow=1),
+    "released": V3.rope_scaling,
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS.keys())
+@pytest.mark.parametrize("R", [8, 64])
+def test_frequencies_are_the_references(scaling, R):
+    config = BASE.replace(qk_rope_head_dim=R, rope_scaling=scaling)
+    expected = torch.tensor([reference.frequency(config, pair) for pair in range(R // 2)])
+    torch.testing.assert_close(inverse_frequencies(config), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", ["v3", "yarn, no shared experts, D=3"])
 def test_pairs_are_interleaved(name, generator):
     config = VARIANTS[name]

@@ -174,7 +174,7 @@ def test_a_sequence_may_be_too_short_for_a_depth(length, generator):
 
 
 @each_variant
-def test_recomputation_runs_every_block_twice_and_changes_no_gradient(config, generator):
+def test_recomputation_changes_no_gradient_and_in_full_runs_every_block_twice(config, generator):
     model = random_model(config, generator, torch.float64)
     tokens = random_tokens(config, (2, 7), generator)
     direction = torch.randn(2, 7, config.hidden_size, dtype=torch.float64, generator=generator)
@@ -187,19 +187,20 @@ def test_recomputation_runs_every_block_twice_and_changes_no_gradient(config, ge
     for module in (*model.layers, *model.mtp):
         getattr(module, "block", module).self_attn.register_forward_hook(count)
     blocks, gradients, values = config.num_layers_with_mtp, [], []
-    for recompute in (False, True):
+    for recompute in ("none", "selective", "full"):
         model.recompute, runs = recompute, 0
         model.zero_grad()
         hidden = model.hidden_states(tokens, aux_loss_scale=0.1)
         loss = sum((h * direction[:, : h.shape[1]]).sum() for h in (hidden.main_BSD, *hidden.mtp))
         loss.backward()
-        assert runs == blocks * (1 + recompute)
+        assert runs == blocks * (2 if recompute == "full" else 1)
         values.append(loss.item())
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert values[0] == values[1]
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-14, rtol=1e-12)
+    assert values[0] == values[1] == values[2]
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, atol=1e-14, rtol=1e-12)
     with torch.no_grad():
         runs = 0
         model(tokens)

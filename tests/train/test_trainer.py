@@ -14,7 +14,9 @@ import torch
 
 from dsv3.errors import UserError
 from dsv3.train.config import TrainConfig
+from dsv3.train.guard import Guard
 from dsv3.train.run import Run
+from dsv3.train.step import backward_step
 from dsv3.train.trainer import Trainer, resume_run, start_run
 
 STEPS = 12
@@ -93,7 +95,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(dtype, tmp_path, text):
     process = subprocess.Popen([sys.executable, "-c", command, str(out), str(text), dtype])
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and '"step":6,"loss"' in metrics.read_text()):
+    checkpoint = out / "checkpoints" / "step-00000004"
+    while not (checkpoint.exists() and '"step":6,"loss"' in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -151,8 +154,9 @@ def test_a_disk_that_fills_up_loses_no_older_checkpoint(tmp_path, text):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
+        trainer.save()
         with pytest.raises(UserError, match="cannot write"):
-            trainer.save()
+            trainer.saver.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -177,12 +181,71 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, text):
         resume_run(tmp_path / "run")
 
 
-def test_a_loss_that_explodes_stops_the_run_with_a_sentence(tmp_path, text):
-    trainer = start_run(settings(tmp_path / "run", text), lambda message: None)
+def test_steps_that_are_not_finite_are_left_out_and_end_the_run_if_they_go_on(tmp_path, text):
+    trainer = start_run(settings(tmp_path / "run", text, give_up_after=3), lambda message: None)
+    name = "layers.1.self_attn.o_proj.weight"
     with torch.no_grad():
-        trainer.model.lm_head.weight.fill_(float("inf"))
-    with pytest.raises(UserError, match=r"step 1 .* lower --learning-rate"):
+        trainer.model.get_parameter(name)[0, 0] = float("nan")
+    weights = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    with pytest.raises(UserError, match=rf"step 3 has loss nan .* 3 such steps .*weight {name}"):
         trainer.fit(Silent())
+    skipped = [record["skipped"] for record in trainer.run.records() if "skipped" in record]
+    assert len(skipped) == 2 and name in skipped[0]
+    for key, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight, weights[key]) or key == name
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path, text, monkeypatch):
+    def poisoned(model, *args, **options):
+        losses = backward_step(model, *args, **options)
+        if trainer.step == 4:
+            model.lm_head.weight.grad[0, 0] = float("inf")
+        return losses
+
+    trainer = start_run(settings(tmp_path / "run", text), lambda message: None)
+    monkeypatch.setattr("dsv3.train.trainer.backward_step", poisoned)
+    trainer.fit(Silent())
+    records = trainer.run.records()
+    assert "lm_head" in records[5]["skipped"] and "loss" not in records[5]
+    assert trainer.step == STEPS and all("loss" in record for record in records[6:])
+
+
+def test_a_spike_goes_back_to_the_last_checkpoint_and_passes_the_batch_over(tmp_path, text, monkeypatch):
+    met = []
+
+    def spiking(*args, **options):
+        losses = backward_step(*args, **options)
+        met.append(trainer.step)
+        return type(losses)(losses.main * (100 if trainer.step == 21 else 1), losses.mtp, losses.balance)
+
+    trainer = start_run(settings(tmp_path / "run", text, tokens=str(24 * 128)), lambda message: None)
+    trainer.guard = Guard(window=16)
+    monkeypatch.setattr("dsv3.train.trainer.backward_step", spiking)
+    trainer.fit(Silent())
+    assert met == [*range(22), 20, 22, 23]  # at 21 back to the checkpoint of step 20, then past the batch
+    skipped = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "skipped" in line]
+    assert "back to step 20" in skipped[0] and "made trouble before" in skipped[1]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ema_decay": 0.9}, {"optimizer": "muon"}, {"moments": "bfloat16"}], ids=lambda c: next(iter(c))
+)
+def test_every_kind_of_state_resumes_bit_for_bit(changes, tmp_path, text):
+    whole = train(tmp_path / "whole", text, **changes)
+    resumed = resume_run(tmp_path / "whole")
+    resumed.restore(resumed.run.checkpoints()[0])
+    assert resumed.step == 8
+    while resumed.step < STEPS:
+        resumed.train_step()
+    states = [(whole.model.state_dict(), resumed.model.state_dict())]
+    states.append((whole.optimizer.state(), resumed.optimizer.state()))
+    if whole.ema is not None:
+        states.append((whole.ema.state(), resumed.ema.state()))
+        assert "ema_bits_per_byte" in whole.run.records()[-1]
+    for expected, found in states:
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            assert torch.equal(value, found[name]), name
 
 
 def test_half_a_line_of_metrics_is_passed_over(tmp_path, text):
