@@ -13,7 +13,7 @@ _PIECE_CHARACTERS = 8192
 class TextSample:
     """Keeps about `characters` characters of what it is given, in pieces of at most 8,192: those of lowest digest.
 
-    So it depends on the text and the seed alone, and each piece of the stream is as likely as any other to be kept.
+    So each piece is as likely as any other to be kept, and the same stream and seed give the same sample.
     """
 
     def __init__(self, characters: int, seed: int) -> None:

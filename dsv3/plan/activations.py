@@ -15,7 +15,7 @@ What happens to an entry depends on its kind:
 | router input | the gate's input in FP32 | 4 | 4 | recomputed |
 | rows | tokens dispatched to experts | 2 | 1 + 4/128 | kept |
 | SwiGLU input | gate and up side by side | 2 | 1 + 4/128 | kept |
-| SwiGLU output | silu(gate), and its product with up | 2 | 1 + 4/128 | recomputed |
+| SwiGLU output | silu(gate) times up | 2 | 1 + 4/128 | recomputed |
 | expert output | for the gradient of the routing weight | 2 | 2 | recomputed |
 
 "Selective" is the report's choice (sections 3.2.3 and 3.3.3: norms, MLA up-projections and SwiGLU again in the
@@ -152,4 +152,4 @@ def _block_tensors(config: ModelConfig, layer: int, precision: Precision) -> lis
 
 
 def _swiglu_tensors(width: int) -> list[tuple[str, float]]:
-    return [("SwiGLU input", 2 * width), ("SwiGLU output", 2 * width)]
+    return [("SwiGLU input", 2 * width), ("SwiGLU output", width)]

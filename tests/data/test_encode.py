@@ -81,7 +81,8 @@ def test_fim_rates_of_none_and_all(tokenizer, parts, rate, share):
 
 
 def test_held_out_text_is_left_as_it_is(coder, write_text, seed):
-    parts = [part(write_text(2) + "};\n", seed, "held_out") for _ in range(20)]
+    parts = [part(write_text(2) + "};\n\n", seed, "held_out") for _ in range(20)]
+    assert any(token in punctuation_and_newline(coder) for token in coder.encode(parts[0].text))
     encoded = DocumentEncoder(coder, 1, 1).encode(parts)
     assert [ids.tolist() for ids in encoded] == [coder.encode(part.text, eos=True) for part in parts]
 
