@@ -5,6 +5,7 @@ What a command needs is imported when it runs, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -175,12 +176,17 @@ def plan() -> None:
     """What a model of any size costs, fits and gains: `dsv3 plan --help` lists the questions. No GPU, no waiting."""
 
 
+def data() -> None:
+    """Prepare text for training once: `dsv3 data --help`. (`dsv3 train` prepares by itself what is not.)"""
+
+
 COMMANDS: dict[str, Any] = {
     "demo": demo,
     "train": train,
     "generate": generate,
     "inspect": inspect,
     "convert": convert,
+    "data": data,
     "plan": plan,
 }
 
@@ -189,10 +195,10 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input is one sentence on stderr and exit code 2."""
     args = sys.argv[1:] if args is None else args
     commands, prog, description = COMMANDS, "dsv3", "DeepSeek-V3, whole and small: train it, look into it, plan it."
-    if args[:1] == ["plan"]:
-        from dsv3.cli_plan import COMMANDS as PLAN_COMMANDS
-
-        commands, prog, description, args = PLAN_COMMANDS, "dsv3 plan", plan.__doc__ or "", args[1:]
+    if args[:1] in (["plan"], ["data"]):
+        group = {"plan": plan, "data": data}[args[0]]
+        commands = importlib.import_module(f"dsv3.cli_{args[0]}").COMMANDS
+        prog, description, args = f"dsv3 {args[0]}", group.__doc__ or "", args[1:]
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog=prog, description=description, args=args, config=(tyro.conf.OmitArgPrefixes,)

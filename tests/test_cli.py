@@ -123,6 +123,16 @@ def test_plans_as_tables_and_as_json(args, capsys):
     assert json.loads(run(capsys, *args.split(), "--json"))
 
 
+def test_data_is_prepared_once_and_trained_on_in_place(corpus, tmp_path, capsys):
+    folder = tmp_path / "prepared"
+    run(capsys, "data", "prepare", str(corpus), "--out", str(folder), "--vocab-size", "300", "--quiet")
+    report = json.loads(run(capsys, "data", "inspect", str(folder), "--json"))
+    assert report["complete"] and report["sources"]
+    options = "--model micro --tokens 256 --batch-size 4 --seq-len 32 --eval-tokens 256 --device cpu --quiet"
+    run(capsys, "train", "--out", str(tmp_path / "run"), "--data", str(folder), *options.split())
+    assert (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "data").exists()
+
+
 def test_plan_placement_reads_a_run(trained, capsys):
     args = ["plan", "placement", str(trained), "--replicas", "12", "--gpus", "4"]
     assert json.loads(run(capsys, *args, "--json"))

@@ -140,7 +140,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"'{path}' is damaged ({error!r}); {ANEW}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -197,7 +198,9 @@ class Trainer:
         dtype = next(self.model.parameters()).dtype
         throughput = Throughput(self.model.config, measure_gemm_rate(self.device, dtype))
         loggers = make_loggers(config.loggers, self.run.path, config=config.to_json(), start_step=self.step)
-        with self.saver, StopSignals() as stop:
+        with contextlib.ExitStack() as closing, self.saver, StopSignals() as stop:
+            for logger in loggers:
+                closing.callback(logger.close)
             while self.step < self.total_steps and not stop.asked:
                 plan = self.timetable[self.step]
                 record = self.train_step()
@@ -216,8 +219,6 @@ class Trainer:
                     self._log_evaluation(display)
                 if last or stop.asked or self.step % config.save_every == 0:
                     self.save()
-        for logger in loggers:
-            logger.close()
         if self.step < self.total_steps:
             display.log(f"stopped and saved at step {self.step}; continue: dsv3 train --resume {self.run.path}")
 
