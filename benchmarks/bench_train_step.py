@@ -29,6 +29,8 @@ from dsv3.model.transformer import Transformer
 from dsv3.train.step import backward_step
 from dsv3.train.throughput import measure_gemm_rate, step_flops
 
+# Not batched_mm: it gathers a copy of the weights for every (token, expert) pair, 13 GB here in FP32.
+EXPERTS = ("eager", "grouped_mm")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,9 +54,11 @@ def their_step(folder: Path, dtype: torch.dtype, experts: str, tokens: torch.Ten
     )
     model.train()
 
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
     def step() -> float:
         model.zero_grad()
-        loss = model(tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
+        loss = model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         return float(loss)
 
@@ -81,7 +85,7 @@ def main() -> None:
             ours = Transformer(config)
             ours.load_state_dict(model.state_dict())
             steps[f"dsv3 {name}"] = our_step(ours, dtype, tokens)
-            for experts in ("eager", "batched_mm", "grouped_mm"):
+            for experts in EXPERTS:
                 steps[f"transformers {name} {experts}"] = their_step(Path(folder) / "model", dtype, experts, tokens)
 
     losses, failed = {}, {}
