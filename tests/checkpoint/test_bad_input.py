@@ -81,7 +81,7 @@ def test_garbage_shard(folder: Path, seed: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.safetensors", "/tmp/x.safetensors", "a/b.safetensors", "..\\x.safetensors", "pickle.bin", "", 7],
+    ["../outside.safetensors", "/elsewhere/x.safetensors", "a/b.safetensors", "..\\x.safetensors", "pickle.bin", "", 7],
 )
 def test_a_shard_that_is_no_file_name(name: Any, folder: Path) -> None:
     shutil.copy(shards(folder)[0], folder.parent / "outside.safetensors")
