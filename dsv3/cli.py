@@ -157,7 +157,7 @@ def convert(
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     as_json: Annotated[Json, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Rewrite a DeepSeek-V3 checkpoint folder in another precision, one tensor at a time.
+    """Rewrite a DeepSeek-V3 checkpoint folder in another precision, in pieces of a few megabytes.
 
     Args:
         source: A checkpoint folder, or a run's folder (its newest checkpoint is taken).

@@ -60,7 +60,7 @@ class Tokenizer:
     `vocab_size` counts ids, special tokens included; a model's vocabulary may be larger, never smaller.
     `added_tokens` are all ids that no text gives, by their names: special tokens and markup such as `<think>`.
     `document_start_id` is what a model wants to see before a text that begins. For ours that is what stood there in
-    training, the EOS of the document before; for a tokenizer that says `add_bos_token`, as the release's does, BOS.
+    training, the EOS of the document before; for a tokenizer that says `add_bos_token`, BOS.
     `fingerprint` says what each id stands for: tokenizers that share it understand each other's ids.
     `token_bytes` [vocab_size] int64 holds how many bytes of UTF-8 text each id stands for, 0 for special
     tokens; the loss in bits per byte over targets t is `sum(nats_t) / ln 2 / sum(token_bytes[t])`.
