@@ -16,8 +16,7 @@ from dsv3.serve.engine_config import EngineConfig
 from dsv3.serve.generate import generate
 from dsv3.serve.outputs import Completion, collect
 from dsv3.serve.params import SamplingParams
-from dsv3.serve.sampling import distribution
-from tests.chi_square import chi_square_p
+from tests.serve.exact import check_three_tokens, small_model
 from tests.variants import BASE, YARN, random_model, random_tokens
 
 DRAFTING = EngineConfig(block_size=4, adaptive_drafting=False, debug=True)
@@ -110,35 +109,15 @@ def test_unforced_drafts_change_nothing_and_some_stand(depth, generator):
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_samples_have_the_models_exact_distribution(depth, generator):
-    config = BASE.replace(
-        vocab_size=8,
-        hidden_size=16,
-        num_hidden_layers=1,
-        first_k_dense_replace=9,  # dense: quick, and routing has nothing to do with it
-        num_nextn_predict_layers=depth,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-    )
-    model = random_model(config, generator)
-    with torch.no_grad():
-        model.lm_head.weight *= 0.5  # flatter: drafts stand about as often as they fall
-    prompt = random_tokens(config, (1, 2), generator)
-    params = SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True, seed=depth, n=128)
-    pairs = torch.tensor(list(itertools.product(range(8), repeat=2)))
-    with torch.no_grad():
-        probs = distribution(model(torch.cat((prompt.expand(64, -1), pairs), dim=1)).logits[:, -3:], params)
-    first, second, third = probs[0, 0], probs[:, 1].view(8, 8, 8)[:, 0], probs[:, 2].view(8, 8, 8)
-    joint = first[:, None, None] * second[:, :, None] * third
+    model = small_model(depth, generator)
+    prompt = random_tokens(model.config, (1, 2), generator)
+    params = SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True, n=128)
     engine = Engine(model, None, dataclasses.replace(DRAFTING, debug=False))
-    observed = torch.zeros(8, 8, 8, dtype=torch.int64)
+    samples = []
     for round_ in range(6):
         (completions,) = engine.generate(prompt.tolist(), dataclasses.replace(params, seed=128 * (round_ + 10 * depth)))
-        for completion in completions:
-            a, b, c = completion.token_ids[:3]
-            observed[a, b, c] += 1
-    assert chi_square_p(observed.sum((1, 2)).tolist(), joint.sum((1, 2)).tolist()) > 1e-4
-    assert chi_square_p(observed.sum(2).flatten().tolist(), joint.sum(2).flatten().tolist()) > 1e-4
-    assert chi_square_p(observed.flatten().tolist(), joint.flatten().tolist()) > 1e-4
+        samples += [list(completion.token_ids) for completion in completions]
+    check_three_tokens(model, prompt, params, samples)
     assert 0.05 < engine.metrics.acceptance < 0.95  # both outcomes had their say
 
 
