@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from dsv3.model.transformer import Transformer as Transformer
     from dsv3.serve.engine import Engine as Engine
     from dsv3.serve.engine_config import EngineConfig as EngineConfig
-    from dsv3.serve.generate import generate as generate
     from dsv3.serve.params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
@@ -29,7 +28,6 @@ _HOMES = {
     "Engine": "dsv3.serve.engine",
     "EngineConfig": "dsv3.serve.engine_config",
     "SamplingParams": "dsv3.serve.params",
-    "generate": "dsv3.serve.generate",
     "load_pretrained": "dsv3.checkpoint.pretrained",
     "save_pretrained": "dsv3.checkpoint.pretrained",
 }

@@ -201,50 +201,45 @@ def generate(
         quantize: The weights to fewer bits, on a CPU; `dsv3 inspect --quantize` measures what that costs.
     """
     from dsv3.device import pick_device, pick_dtype
-    from dsv3.serve.generate import GenerationStats
+    from dsv3.serve.batch import generate_file
+    from dsv3.serve.engine import Engine
+    from dsv3.serve.engine_config import EngineConfig
     from dsv3.serve.load import load_model
-    from dsv3.serve.sampling import SamplingParams
-    from dsv3.serve.text import continue_text
+    from dsv3.serve.params import SamplingParams
+    from dsv3.serve.text import engine_for
 
     if (prompts is None) != (out is None):
         raise UserError("--prompts and --out go together: a file of prompts, and the JSONL file to write")
     if prompts is not None and prompt:
         raise UserError("give either a prompt or a file of prompts, not both")
     text = sys.stdin.read() if prompt == "-" else prompt
-    params = SamplingParams(temperature, top_p, seed)
+    params = SamplingParams(temperature, top_p, seed, max_tokens=max_new_tokens)
+    settings = EngineConfig(draft_tokens=None if speculative else 0)
     where = pick_device(device)
     weights = None if dtype == "auto" else pick_dtype(dtype, where)
     loaded, tokenizer = load_model(model, device=where, dtype=weights, quantization=quantize)
     if prompts is not None and out is not None:
-        from dsv3.serve.batch import generate_file
-        from dsv3.serve.engine import Engine
-        from dsv3.serve.engine_config import EngineConfig
-
-        engine = Engine(loaded, tokenizer, EngineConfig(draft_tokens=None if speculative else 0))
-        params = dataclasses.replace(params, max_tokens=max_new_tokens)
-        counters = generate_file(engine, prompts, out, params, quiet=as_json)
+        counters = generate_file(Engine(loaded, tokenizer, settings), prompts, out, params, quiet=as_json)
         print(
             json.dumps({"out": str(out), **counters}) if as_json else f"{out}: {counters['output_tokens']} new tokens"
         )
         return
-    stats = GenerationStats()
-    pieces = continue_text(
-        loaded,
-        tokenizer,
-        text,
-        max_new_tokens=max_new_tokens,
-        params=params,
-        speculative=speculative,
-        stats=stats,
-    )
+    engine = engine_for(loaded, tokenizer, text, params, settings)
+    if not as_json:
+        print(text, end="", flush=True)
+    whole = ""
+    for output in engine.stream(text, params):
+        if output.error is not None:
+            raise UserError(f"the text cannot go on: {output.error}")
+        whole += output.text
+        if not as_json:
+            print(output.text, end="", flush=True)
+    metrics = engine.metrics
     if as_json:
-        print(json.dumps({"prompt": text, "text": "".join(pieces), **stats.to_json()}, ensure_ascii=False))
+        print(json.dumps({"prompt": text, "text": whole, **metrics.snapshot()}, ensure_ascii=False))
         return
-    print(text, end="")
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    drafts = f", {stats.acceptance:.0%} of the drafts accepted" if speculative else ""
-    print(f"\n[{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{drafts}]", file=sys.stderr)
+    drafts = f", {metrics.acceptance:.0%} of the drafts accepted" if speculative else ""
+    print(f"\n[{metrics.output_tokens} tokens, {metrics.tokens_per_second:.1f} tokens/s{drafts}]", file=sys.stderr)
 
 
 def inspect(

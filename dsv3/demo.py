@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from dsv3.serve.generate import GenerationStats
+from dsv3.serve.engine_config import EngineConfig
 from dsv3.serve.load import load_model
-from dsv3.serve.sampling import SamplingParams
-from dsv3.serve.text import continue_text
+from dsv3.serve.params import SamplingParams
+from dsv3.serve.text import engine_for
 from dsv3.train.config import Device, TrainConfig
 from dsv3.train.display import TrainDisplay
 from dsv3.train.figures import draw_run
@@ -83,27 +83,19 @@ def _show_results(console: Console, run: Run, prompt: str) -> None:
     for column in ("decoding", "tokens/s", "passes of the main model", "drafts accepted"):
         table.add_column(column, justify="right" if column != "decoding" else "left")
     texts = []
-    for name, speculative in (("plain", False), ("MTP speculative", True)):
-        stats = GenerationStats()
-        params = SamplingParams()
-        for warm_up in (True, False):
-            stats = GenerationStats()
-            pieces = continue_text(
-                model,
-                tokenizer,
-                prompt,
-                max_new_tokens=16 if warm_up else _NEW_TOKENS,
-                params=params,
-                speculative=speculative,
-                stats=stats,
-            )
-            text = "".join(pieces)
+    params = SamplingParams(max_tokens=_NEW_TOKENS)
+    for name, draft_tokens in (("plain", 0), ("MTP speculative", None)):
+        settings = EngineConfig(draft_tokens=draft_tokens, adaptive_drafting=False)
+        for _ in ("to warm up", "to measure"):
+            engine = engine_for(model, tokenizer, prompt, params, settings)
+            text = "".join(output.text for output in engine.stream(prompt, params))
+        metrics = engine.metrics
         texts.append(text)
         table.add_row(
             name,
-            f"{stats.tokens_per_second:.0f}",
-            f"{stats.decode_steps + 1} for {stats.new_tokens} tokens",
-            f"{stats.acceptance:.0%}" if speculative else "",
+            f"{metrics.tokens_per_second:.0f}",
+            f"{metrics.steps} for {metrics.output_tokens} tokens",
+            f"{metrics.acceptance:.0%}" if metrics.drafted else "",
         )
     console.print(
         Panel(prompt + texts[0], title="greedy continuation", title_align="left"), markup=False, highlight=False

@@ -98,7 +98,8 @@ def test_training_draws_and_generation_reads(trained, capsys):
         out = run(capsys, "generate", str(trained), "--prompt", "the 7", "--max-new-tokens", "24", "--json", *extra)
         answers.append(json.loads(out))
     assert answers[0]["text"] == answers[1]["text"]
-    assert answers[1]["decode_steps"] <= answers[0]["decode_steps"]
+    assert answers[1]["steps"] <= answers[0]["steps"] and answers[1]["drafted"] and not answers[0]["drafted"]
+    assert answers[0]["tokens_per_second"] > 0 and answers[0]["cache_blocks"] < 10  # no more cache than it needs
 
 
 def test_a_file_of_prompts_gets_the_texts_that_each_gets_alone(trained, tmp_path, capsys):
@@ -158,7 +159,7 @@ def test_a_run_quantised(trained, corpus, tmp_path, capsys):
     assert report["quantization"] == "int8" and 0 < report["kl_mean"] < 1e-2
     assert f"{report['quantized_perplexity']:.4f}" in run(capsys, *options)
     answer = run(capsys, "generate", str(trained), "--quantize", "int8", "--max-new-tokens", "3", "--json")
-    assert json.loads(answer)["new_tokens"] <= 3
+    assert json.loads(answer)["output_tokens"] <= 3
     assert "float32" in refused(capsys, "generate", str(trained), "--quantize", "int8", "--dtype", "float32")
 
 

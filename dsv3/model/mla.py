@@ -6,6 +6,8 @@ RoPE (d_h), R RoPE (d_h^R), V value, X = C + R what the cache holds.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from dsv3.model.context import Context
 from dsv3.model.norm import RMSNorm
 from dsv3.model.rope import rotate, softmax_scale
 from dsv3.ops.attention import absorbed_attention, attention
+from dsv3.ops.partial_attention import Partial, merge, partial_attention, values_at_a_time
 from dsv3.ops.recompute import recomputed
 
 
@@ -101,15 +104,23 @@ class MultiHeadLatentAttention(nn.Module):
             if absorbed or (absorbed is None and absorbing_pays(self.config, S, T)):
                 out_BSHV = self._absorbed(nope, rope, piece.latents_BTX, piece.mask)
             else:
-                c, k_rope = piece.latents_BTX.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
-                out_BSHV = self._expanded(nope, rope, c, k_rope, piece.mask)
+                out_BSHV = self._expanded_in_parts(nope, rope, piece.latents_BTX, piece.mask)
             outs_tHV.append(out_BSHV.flatten(0, 1))
             start += B * S
         out_THV = torch.cat(outs_tHV) if len(outs_tHV) > 1 else outs_tHV[0]
         return out_THV.unflatten(0, q_nope_BSHN.shape[:2])
 
     def _absorbed(self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, latents_BTX: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, S, H, V]: S queries over T latents, of which no key or value is made."""
+        """[B, S, H, V]: S queries over T latents, of which no key or value is made; few queries of a long context."""
+        (B, S, H, _), T = q_nope_BSHN.shape, latents_BTX.shape[1]
+        size = max(1, values_at_a_time(latents_BTX.device) // (B * H * T))
+        if mask is None and size < S:
+            rows = [slice(start, min(start + size, S)) for start in range(0, S, size)]
+            outs = [
+                self._absorbed(q_nope_BSHN[:, r], q_rope_BSHR[:, r], latents_BTX[:, : T - S + r.stop], None)
+                for r in rows
+            ]
+            return torch.cat(outs, dim=1)
         w_uk_HNC, w_uv_HCV = self.kv_b_proj.maps()
         return absorbed_attention(q_nope_BSHN, q_rope_BSHR, latents_BTX, w_uk_HNC, w_uv_HCV, self.scale, mask)
 
@@ -117,13 +128,45 @@ class MultiHeadLatentAttention(nn.Module):
         self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, c: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> Tensor:
         """[B, S, H, V]: S queries over T keys and values, made of c [B, T, C] and k_rope [B, T, R]."""
-        config = self.config
-        kv_BTHNV = recomputed(self.kv_b_proj, c).unflatten(-1, (config.num_attention_heads, -1))
-        k_nope_BTHN, v_BTHV = kv_BTHNV.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
-        k_rope_BTHR = k_rope.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
-        k_BHTK = recomputed(_join_by_head, k_nope_BTHN, k_rope_BTHR)
+        k_BHTK, v_BHTV = self._keys_and_values(c, k_rope)
         q_BHSK = recomputed(_join_by_head, q_nope_BSHN, q_rope_BSHR)
-        return attention(q_BHSK, k_BHTK, v_BTHV.transpose(1, 2), self.scale, mask).transpose(1, 2)
+        return attention(q_BHSK, k_BHTK, v_BHTV, self.scale, mask).transpose(1, 2)
+
+    def _expanded_in_parts(
+        self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, latents_BTX: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The same over cached latents, however many: part after part of a long context, merged.
+
+        Parts begin at multiples of their size, wherever the pass begins; the pass's own tokens, of which there are as
+        many queries in memory anyway, are a part for themselves.
+        """
+        (B, S, H, _), T = q_nope_BSHN.shape, latents_BTX.shape[1]
+        per_token = B * H * (self.config.qk_head_dim + self.config.v_head_dim)
+        size = max(1, values_at_a_time(latents_BTX.device) // per_token)
+        before = T - S if mask is None else T
+        if before <= size:
+            return self._expanded(q_nope_BSHN, q_rope_BSHR, *self._split_latents(latents_BTX), mask)
+        q_BHSK = _join_by_head(q_nope_BSHN, q_rope_BSHR)
+        seen: Partial | None = None
+        for start, end in pairwise([*range(0, before, size), before, *([T] if before < T else [])]):
+            k_BHTK, v_BHTV = self._keys_and_values(*self._split_latents(latents_BTX[:, start:end]))
+            mask_of_part = None if mask is None else mask[..., start:end]
+            part = partial_attention(q_BHSK, k_BHTK, v_BHTV, self.scale, mask_of_part, causal=end > before)
+            seen = part if seen is None else merge(seen, part)
+        assert seen is not None
+        return seen.out_BHSV.to(latents_BTX.dtype).transpose(1, 2)
+
+    def _split_latents(self, latents_BTX: Tensor) -> tuple[Tensor, Tensor]:
+        c, k_rope = latents_BTX.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
+        return c, k_rope
+
+    def _keys_and_values(self, c: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, T, K] and [B, H, T, V] of all heads."""
+        H = self.config.num_attention_heads
+        kv_BTHNV = recomputed(self.kv_b_proj, c).unflatten(-1, (H, -1))
+        k_nope_BTHN, v_BTHV = kv_BTHNV.split((self.config.qk_nope_head_dim, self.config.v_head_dim), dim=-1)
+        k_BHTK = recomputed(_join_by_head, k_nope_BTHN, k_rope.unsqueeze(2).expand(-1, -1, H, -1))
+        return k_BHTK, v_BTHV.transpose(1, 2)
 
 
 def _join_by_head(nope_BSHN: Tensor, rope_BSHR: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ class _BlockedAttention(torch.autograd.Function):
         v_GTV = v.flatten(0, 1)
         out = v.new_empty(*q.shape[:3], v.shape[3])
         out_GSV = out.view(-1, *out.shape[2:])
-        for rows, keys, probs_GQT in _blocks(q, k, scale, mask):
-            out_GSV[:, rows] = torch.bmm(probs_GQT.to(v.dtype), v_GTV[:, keys])
+        for rows, keys, scores_GQT in score_blocks(q, k, scale, mask, causal=mask is None):
+            out_GSV[:, rows] = torch.bmm(scores_GQT.softmax(-1).to(v.dtype), v_GTV[:, keys])
         return out
 
     @staticmethod
@@ -43,7 +43,8 @@ class _BlockedAttention(torch.autograd.Function):
         q, k, v, mask = ctx.saved_tensors
         q_GSK, k_GTK, v_GTV, grad_GSV = (x.flatten(0, 1) for x in (q, k, v, grad))
         dq, dk, dv = torch.empty_like(q_GSK), torch.zeros_like(k_GTK), torch.zeros_like(v_GTV)
-        for rows, keys, probs_GQT in _blocks(q, k, ctx.scale, mask):
+        for rows, keys, scores_GQT in score_blocks(q, k, ctx.scale, mask, causal=mask is None):
+            probs_GQT = scores_GQT.softmax(-1)
             d_out_GQV = grad_GSV[:, rows].contiguous()
             dv[:, keys] += torch.bmm(probs_GQT.to(v.dtype).transpose(1, 2), d_out_GQV)
             d_probs_GQT = torch.bmm(d_out_GQV, v_GTV[:, keys].transpose(1, 2)).to(probs_GQT.dtype)
@@ -53,19 +54,25 @@ class _BlockedAttention(torch.autograd.Function):
         return dq.view_as(q), dk.view_as(k), dv.view_as(v), None, None
 
 
-def _blocks(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(queries of the block, keys that they may see, their probabilities [G, Q, T'])."""
-    (B, H, S, _), T = q.shape, k.shape[2]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q_GSK, k_GTK = (q.flatten(0, 1).to(dtype) * scale), k.flatten(0, 1).to(dtype)
+def score_blocks(
+    q_BHSK: Tensor, k_BHTK: Tensor, scale: float, mask: Tensor | None, *, causal: bool
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(queries of a block, keys that they meet, their scores [G, Q, T'], -inf where they may not look), block by block.
+
+    Scores are q . k * scale in at least FP32, to be overwritten at will. `causal`: the queries are the last S of the T
+    positions and see nothing behind their own; else they see what `mask` says, or everything.
+    """
+    (B, H, S, _), T = q_BHSK.shape, k_BHTK.shape[2]
+    dtype = torch.promote_types(q_BHSK.dtype, torch.float32)
+    q_GSK, k_GTK = (q_BHSK.flatten(0, 1).to(dtype) * scale), k_BHTK.flatten(0, 1).to(dtype)
     size = max(32, min(256, _BLOCK_SCORES // max(1, B * H * T)))
     for start in range(0, S, size):
         rows = slice(start, min(start + size, S))
-        keys = slice(0, T if mask is not None else T - S + rows.stop)
+        keys = slice(0, T - S + rows.stop if causal else T)
         scores_GQT = torch.bmm(q_GSK[:, rows], k_GTK[:, keys].transpose(1, 2))
         if mask is not None:
             scores_GQT.view(B, H, -1, T).masked_fill_(~mask[..., rows, :], float("-inf"))
-        else:
+        elif causal:
             square = scores_GQT[..., T - S + start :]  # only the block's own positions can lie ahead of a query
-            square += torch.full(square.shape[1:], float("-inf"), dtype=dtype).triu_(1)
-        yield rows, keys, scores_GQT.softmax(-1)
+            square += torch.full_like(square[0], float("-inf")).triu_(1)
+        yield rows, keys, scores_GQT

@@ -1,18 +1,16 @@
-"""Generation for one prompt or a batch of equally long ones: prefill, then decode, plain or speculative.
+"""The engine's plain twin: one prompt, or a batch of equally long ones, prefilled, then decoded token by token.
 
-Speculative decoding drafts with the MTP modules and lets the main model check all drafts in one pass; greedy
-output is token for token that of plain decoding, sampled output has exactly its distribution.
+To check the engine by and to be read; `serve.engine` is what to use. Speculative decoding drafts with the MTP modules
+and lets the main model check all drafts in one pass; greedy output is token for token that of plain decoding, sampled
+output has exactly its distribution.
 
 Shapes: B batch, S prompt tokens, V vocabulary, D here is the MTP depth.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,20 +28,7 @@ class GenerationStats(DraftCounts):
     """Filled in while tokens come."""
 
     new_tokens: int = 0
-    decoded_tokens: int = 0  # of them, those after the prompt's pass
     decode_steps: int = 0  # passes of the main model after the prompt's
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding; a row's first token belongs to the prompt's pass."""
-        return self.decoded_tokens / self.decode_seconds if self.decode_seconds > 0 else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values only."""
-        rates = {"tokens_per_second": self.tokens_per_second, "acceptance": self.acceptance}
-        return {**dataclasses.asdict(self), **rates}
 
 
 def generate(
@@ -73,44 +58,16 @@ def generate(
     rows: list[list[int]]
     if speculative:
         rows = [
-            [
-                token
-                for part in _speculative(model, row, max_new_tokens, params, generator, stats, eos_token_id)
-                for token in part
-            ]
+            _speculative(model, row, max_new_tokens, params, generator, stats, eos_token_id)
             for row in prompt_BS.split(1)
         ]
     else:
-        steps = list(_plain(model, prompt_BS, max_new_tokens, params, generator, stats, eos_token_id))
-        rows = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in prompt_BS]
+        rows = _plain(model, prompt_BS, max_new_tokens, params, generator, stats, eos_token_id)
     length = max(map(len, rows))
     fill = eos_token_id if eos_token_id is not None else 0  # without an end token no row is shorter
     new_BN = torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=torch.int64)
     out = torch.cat((prompt_BS.cpu(), new_BN.view(len(rows), length)), dim=1).to(prompt_BS.device)
     return out[0] if single else out
-
-
-def stream(
-    model: Transformer,
-    tokens: Sequence[int],
-    *,
-    max_new_tokens: int,
-    params: SamplingParams,
-    speculative: bool = False,
-    eos_token_id: int | None = None,
-    stats: GenerationStats | None = None,
-) -> Iterator[list[int]]:
-    """The continuation of one prompt as it comes: one token at a time, or a few when drafts stand."""
-    known = "temperature top_p top_k min_p seed".split()
-    if params != SamplingParams(**{name: getattr(params, name) for name in known}):
-        raise UserError(f"plain generation knows {', '.join(known)} only, not {params}: use serve.engine for the rest")
-    stats = stats if stats is not None else GenerationStats()
-    prompt_1S = torch.tensor([list(tokens)], dtype=torch.int64)
-    if speculative:
-        yield from _speculative(model, prompt_1S, max_new_tokens, params, params.generator(), stats, eos_token_id)
-    else:
-        for step in _plain(model, prompt_1S, max_new_tokens, params, params.generator(), stats, eos_token_id):
-            yield step.tolist()
 
 
 @torch.inference_mode()
@@ -122,26 +79,27 @@ def _plain(
     generator: torch.Generator,
     stats: GenerationStats,
     eos: int | None,
-) -> Iterator[Tensor]:
-    """One [B] tensor of tokens per step, until every row has ended."""
+) -> list[list[int]]:
+    """The new tokens of each row, equally many: until every row has ended."""
     B, S = prompt_BS.shape
     _check(model.config, prompt_BS, max_new_tokens)
     device = model.device
     cache = _cache(model, B, S + max_new_tokens)
     inputs_BS = prompt_BS.to(device)
     ended_B = torch.zeros(B, dtype=torch.bool)
-    for step in range(max_new_tokens):
-        start = time.perf_counter()
+    new_BN = torch.empty(B, 0, dtype=torch.int64)
+    while new_BN.shape[1] < max_new_tokens and not ended_B.all():
         hidden_BSD = model.extend(inputs_BS, cache)
         tokens_B = draw(distribution(model.lm_head(hidden_BSD[:, -1]), params), generator)
         if eos is not None:
             tokens_B[ended_B] = eos
             ended_B |= tokens_B == eos
         inputs_BS = tokens_B.unsqueeze(1).to(device)
-        _count(stats, start, B, prefill=step == 0)
-        yield tokens_B
-        if ended_B.all():
-            return
+        new_BN = torch.cat((new_BN, tokens_B.unsqueeze(1)), dim=1)
+    stats.new_tokens += new_BN.numel()
+    stats.decode_steps += max(new_BN.shape[1] - 1, 0)
+    rows: list[list[int]] = new_BN.tolist()
+    return rows
 
 
 @torch.inference_mode()
@@ -153,8 +111,8 @@ def _speculative(
     generator: torch.Generator,
     stats: GenerationStats,
     eos: int | None,
-) -> Iterator[list[int]]:
-    """The tokens that each pass of the main model adds, cut at the end token."""
+) -> list[int]:
+    """The new tokens of one prompt, up to the end token."""
     _check(model.config, prompt_1S, max_new_tokens)
     if not len(model.mtp):
         raise UserError("speculative decoding drafts with MTP modules and this model has none: decode without it")
@@ -165,15 +123,10 @@ def _speculative(
     drafter = Drafter(model, cache, params, generator)
 
     if max_new_tokens == 0:
-        return
-    start = time.perf_counter()
+        return []
     hidden_1SD = model.extend(prompt_1S.to(device), cache)
     known.append(int(draw(distribution(model.lm_head(hidden_1SD[:, -1]), params), generator)))
-    _count(stats, start, 1, prefill=True)
-    yield known[-1:]
-
     while len(known) < end and known[-1] != eos:
-        start = time.perf_counter()
         # One token comes anyway; more drafts than there is room for would be thrown away.
         drafts, draft_probs_KV = drafter.draft(known, hidden_1SD, limit=end - len(known) - 1)
         checked = torch.tensor([[known[-1], *drafts]], device=device)
@@ -188,8 +141,10 @@ def _speculative(
         for layer in range(model.config.num_hidden_layers):
             cache.truncate(layer, cache.length(layer) - (len(drafts) - stood))
         stats.count_drafts(len(drafts), stood)
-        _count(stats, start, len(new), prefill=False)
-        yield new
+        stats.decode_steps += 1
+    new = known[prompt_1S.shape[1] :]
+    stats.new_tokens += len(new)
+    return new
 
 
 class Drafter:
@@ -264,15 +219,3 @@ def _check(config: ModelConfig, prompt_BS: Tensor, max_new_tokens: int) -> None:
 
 def _cache(model: Transformer, batch_size: int, length: int) -> LatentCache:
     return LatentCache(model.config, batch_size, length, dtype=model.dtype, device=model.device)
-
-
-def _count(stats: GenerationStats, start: float, tokens: int, *, prefill: bool) -> None:
-    """Add a pass of the main model that began at `start` and gave `tokens`."""
-    seconds = time.perf_counter() - start
-    stats.new_tokens += tokens
-    if prefill:
-        stats.prefill_seconds += seconds
-    else:
-        stats.decoded_tokens += tokens
-        stats.decode_seconds += seconds
-        stats.decode_steps += 1

@@ -58,9 +58,15 @@ class Metrics(DraftCounts):
         """Share of the prompt tokens that were not computed."""
         return self.cached_prompt_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Of a continuation's tokens after its first, which is the prompt's; 0 before there are any."""
+        return self.time_per_token.count / self.time_per_token.sum if self.time_per_token.sum else 0.0
+
     def count_finish(self, reason: str) -> None:
         self.requests_finished[reason] = self.requests_finished.get(reason, 0) + 1
 
     def snapshot(self) -> dict[str, Any]:
         """All of it as values for JSON."""
-        return {**dataclasses.asdict(self), "hit_rate": self.hit_rate, "acceptance": self.acceptance}
+        rates = {name: getattr(self, name) for name in ("hit_rate", "tokens_per_second", "acceptance")}
+        return {**dataclasses.asdict(self), **rates}

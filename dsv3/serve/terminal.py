@@ -13,7 +13,7 @@ from rich.text import Text
 from dsv3.checkpoint.locate import find_checkpoint
 from dsv3.errors import UserError
 from dsv3.serve.engine import Engine
-from dsv3.serve.engine_config import Quantization
+from dsv3.serve.engine_config import EngineConfig, Quantization
 from dsv3.serve.load import load_model
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.server.chat_parser import ChatParser, Content, Piece, Reasoning
@@ -117,5 +117,6 @@ def chat(
         )
     loaded, tokenizer = load_model(folder, device=device, dtype=dtype, quantization=quantization)
     console = Console(highlight=False)
-    conversation = Conversation(Engine(loaded, tokenizer), template, params, system=system)
+    engine = Engine(loaded, tokenizer, EngineConfig(cache_tokens=loaded.config.max_position_embeddings))  # one text
+    conversation = Conversation(engine, template, params, system=system)
     talk(conversation, console, lambda: console.input("[bold]> [/bold]"))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.bench_memory import MemoryWatch
 from dsv3.config import ModelConfig
-from dsv3.model.cache import LatentCache
+from dsv3.model import mla
+from dsv3.model.cache import LatentCache, Piece
 from dsv3.model.context import Context
 from dsv3.model.mla import MultiHeadLatentAttention, absorbing_pays
 from dsv3.model.rope import cos_sin, inverse_frequencies
@@ -123,3 +125,63 @@ def test_prompts_run_expanded_and_decoding_absorbed():
     v3 = ModelConfig.preset("v3-671b")
     assert not any(absorbing_pays(v3, S, S) for S in (2, 100, 4096))
     assert all(absorbing_pays(v3, S, T) for S in (1, 2, 4) for T in (100, 4096, 163840))
+
+
+@each_shape
+@each_order
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 40])
+def test_a_long_context_in_parts_is_the_whole(config, absorbed, dtype, tokens, generator, monkeypatch):
+    """`tokens` of the context, or of the scores of as many keys, at a time."""
+    attn = random_attention(config, generator, dtype)
+    x = torch.randn(2, 61, config.hidden_size, dtype=dtype, generator=generator)
+    width = config.qk_head_dim + config.v_head_dim if not absorbed else 61
+    outputs = []
+    for values in (2**23, 2 * config.num_attention_heads * width * tokens):
+        monkeypatch.setattr(mla, "values_at_a_time", lambda _, values=values: values)
+        cache = LatentCache(config, 2, 61, dtype=dtype)
+        with torch.no_grad():
+            parts = [attn(x[:, a:b], context(config, a, b, cache), absorbed) for a, b in ((0, 7), (7, 50), (50, 61))]
+        outputs.append(torch.cat(parts, dim=1))
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(outputs[1], outputs[0], atol=tolerance, rtol=tolerance)
+
+
+@each_order
+def test_a_masked_piece_in_parts_is_the_whole(absorbed, generator, monkeypatch):
+    """Sequences of different lengths, padded: parts that lie wholly behind one of them weigh nothing."""
+    config = VARIANTS["v3"]
+    attn = random_attention(config, generator, torch.float64)
+    H, N, R = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    nope, rope = (torch.randn(1, 6, H, width, dtype=torch.float64, generator=generator) for width in (N, R))
+    latents = torch.randn(2, 30, config.latent_dim, dtype=torch.float64, generator=generator)
+    ends = torch.tensor([[7, 8, 9], [27, 28, 29]])
+    mask = (torch.arange(30) <= ends.unsqueeze(2)).unsqueeze(1)
+    outputs = []
+    for values in (2**23, 4 * 2 * H * (config.qk_head_dim + config.v_head_dim)):
+        monkeypatch.setattr(mla, "values_at_a_time", lambda _, values=values: values)
+        outputs.append(attn._attend_to_pieces(nope, rope, [Piece(latents, 3, mask)], absorbed))
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-12, rtol=1e-12)
+
+
+@each_order
+def test_memory_of_a_chunk_does_not_grow_with_its_context(absorbed, generator, monkeypatch):
+    config = VARIANTS["v3"].replace(max_position_embeddings=4096)
+    attn = random_attention(config, generator, torch.float32)
+    monkeypatch.setattr(mla, "values_at_a_time", lambda _: 2**14)
+    S, peaks = 16, []
+    for T in (1024, 4096):
+        cache = LatentCache(config, 1, T, dtype=torch.float32)
+        with torch.no_grad():
+            for start in range(0, T - S, 240):
+                end = min(start + 240, T - S)
+                hidden = torch.randn(1, end - start, config.hidden_size, generator=generator)
+                attn(hidden, context(config, start, end, cache), absorbed=False)
+            hidden = torch.randn(1, S, config.hidden_size, generator=generator)
+            last = context(config, T - S, T, cache)
+            with MemoryWatch() as watch:
+                attn(hidden, last, absorbed)
+        peaks.append(watch.peak)
+    assert peaks[1] < 1.1 * peaks[0]
+    whole = 4096 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * 4
+    assert peaks[1] < whole / 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dsv3.errors import UserError
+from dsv3.model import mla
 from dsv3.model.transformer import Transformer
 from dsv3.serve.engine import Engine
 from dsv3.serve.engine_config import EngineConfig, EngineFull
@@ -76,6 +77,19 @@ def test_every_way_gives_the_same_text_and_logits(variant, generator):
         preempted += engine.metrics.preemptions > 0
         hits += engine.metrics.cached_prompt_tokens > 0
     assert preempted >= 2 and hits >= 7
+
+
+@pytest.mark.parametrize("absorbed", [False, True], ids=["expanded", "absorbed"])
+def test_a_long_context_in_parts_gives_the_same_text_and_logits(absorbed, model, generator, monkeypatch):
+    prompts = prompts_of(model.config, generator)
+    texts = [generate(model, prompt, max_new_tokens=9).tolist()[len(prompt) :] for prompt in prompts]
+    logprobs = [expected_logprobs(model, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    monkeypatch.setattr(mla, "absorbing_pays", lambda *_: absorbed)
+    monkeypatch.setattr(mla, "values_at_a_time", lambda _: 5 * model.config.num_attention_heads * 40)
+    engine = Engine(model, None, dataclasses.replace(PLAIN, max_prefill_tokens=11))
+    for (completion,), text, expected in zip(engine.generate(prompts, GREEDY), texts, logprobs, strict=True):
+        assert completion.token_ids == text
+        assert [token.logprob for token in completion.tokens] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "v3"])

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from dsv3.config import ModelConfig
+from dsv3.model import mla
+from dsv3.model.transformer import Transformer
 from dsv3.ops.packed import PackedWeight, can_pack
 from dsv3.ops.quantized import Int4Weight, Int8DynamicWeight, Int8Weight
 from dsv3.serve.engine import Engine
@@ -73,16 +75,45 @@ CASES = [
     ("micro", torch.bfloat16, 1),
     pytest.param("tiny", torch.bfloat16, 2, marks=pytest.mark.slow),
 ]
+KINDS = {"int8": Int8Weight, "int4": Int4Weight, "int8-dynamic": Int8DynamicWeight}
+
+
+def close_calls(config: ModelConfig, generator: torch.Generator, dtype: torch.dtype) -> Transformer:
+    """A model whose likeliest tokens are nearly equal: a last bit would change many a token."""
+    model = random_model(config, generator, dtype)
+    with torch.no_grad():
+        model.lm_head.weight *= 0.25
+    return model
 
 
 @pytest.mark.parametrize(("name", "dtype", "threads"), CASES, indirect=["threads"])
 def test_texts_and_logits_are_bitwise_those_of_the_request_alone(name, dtype, threads, generator):
-    config = CONFIGS[name]
-    model = random_model(config, generator, dtype)
-    with torch.no_grad():
-        model.lm_head.weight *= 0.25  # close calls: a last bit would change many a token
+    model = close_calls(CONFIGS[name], generator, dtype)
     if dtype == torch.bfloat16:
         pack_weights(model)
+    check_invariance(model, generator)
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_so_they_are_with_quantised_weights(quantization, generator):
+    """Their kernels are chosen by the number of rows."""
+    model = close_calls(CONFIGS["micro"], generator, torch.bfloat16)
+    if not (can_pack(model.lm_head.weight) and KINDS[quantization].available()):
+        pytest.skip(f"no kernel for {quantization}")
+    pack_weights(model, quantization)
+    check_invariance(model, generator)
+
+
+def test_so_they_are_when_keys_are_made_of_a_long_context_part_by_part(generator, monkeypatch):
+    """No model that pays its way decodes expanded; if one did, its parts would begin at the same positions anywhere."""
+    monkeypatch.setattr(mla, "absorbing_pays", lambda *_: False)
+    monkeypatch.setattr(mla, "values_at_a_time", lambda _: 16 * 2 * (24 + 16) * 23)  # 23 tokens
+    check_invariance(close_calls(CONFIGS["tiny"], generator, torch.float32), generator)
+
+
+def check_invariance(model: Transformer, generator: torch.Generator) -> None:
+    """Every request alone, then all together in every way, twice."""
+    config = model.config
     stem = random_tokens(config, (100,), generator).tolist()
     prompts = [stem[:1], stem[:33], stem[:66], stem[:66], stem[40:52], stem[:30], stem[3:20]]
     params = [
