@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 
 def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
@@ -51,10 +50,7 @@ def pack_linear_weight(weight_OI: Tensor) -> Tensor:
 
 
 def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
-    """x W^T for a weight of `pack_linear_weight`. A `TorchFunctionMode` may take it over, as torch's own functions."""
-    if has_torch_function((x,)):
-        taken: Tensor = handle_torch_function(packed_linear, (x,), x, packed)
-        return taken
+    """x W^T for a weight of `pack_linear_weight`."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return out
 

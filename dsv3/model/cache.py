@@ -17,13 +17,14 @@ from torch import Tensor
 
 from dsv3.config import ModelConfig
 from dsv3.errors import UserError
+from dsv3.ops.latents import Latents
 
 
 @dataclass(frozen=True)
 class Piece:
     """A rectangular piece of a pass's attention: the next B * S tokens of the pass, S for each of B sequences."""
 
-    latents_BTX: Tensor  # of all tokens so far, the S new ones last unless a mask says otherwise
+    latents: Latents  # of all tokens so far, the S new ones last unless a mask says otherwise
     num_queries: int  # S
     mask: Tensor | None = None  # [B, 1, S, T] bool, True where a query may look; None: causal
 
@@ -81,7 +82,7 @@ class LatentCache:
             raise UserError(f"the latent cache holds {self._data.shape[2]} tokens, {end} are needed: make it longer")
         self._data[layer, :, start:end] = latent_BSX
         self._lengths[layer] = end
-        return [Piece(self._data[layer, :, :end], latent_BSX.shape[1])]
+        return [Piece(Latents(self._data[layer, :, :end]), latent_BSX.shape[1])]
 
     def truncate(self, layer: int, length: int) -> None:
         """Forget the tokens of `layer` from `length` on."""

@@ -17,6 +17,7 @@ from dsv3.model.context import Context
 from dsv3.model.norm import RMSNorm
 from dsv3.model.rope import rotate, softmax_scale
 from dsv3.ops.attention import absorbed_attention, attention
+from dsv3.ops.latents import Latents
 from dsv3.ops.partial_attention import Partial, merge, partial_attention, values_at_a_time
 from dsv3.ops.recompute import recomputed
 
@@ -25,15 +26,13 @@ class LatentUpProjection(nn.Linear):
     """W_UK and W_UV: keys and values of all heads from a latent, or the maps themselves for the absorbed order."""
 
     def __init__(self, config: ModelConfig) -> None:
-        H, N, V = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-        super().__init__(config.kv_lora_rank, H * (N + V), bias=False)
-        self._sizes = (H, N, V)
+        self._heads = config.num_attention_heads
+        width = config.qk_nope_head_dim + config.v_head_dim
+        super().__init__(config.kv_lora_rank, self._heads * width, bias=False)
 
-    def maps(self) -> tuple[Tensor, Tensor]:
-        """(W_UK as [H, N, C], W_UV as [H, C, V]), views of the weight."""
-        H, N, V = self._sizes
-        w_uk_HNC, w_uv_HVC = self.weight.unflatten(0, (H, N + V)).split((N, V), dim=1)
-        return w_uk_HNC, w_uv_HVC.transpose(1, 2)
+    def by_head(self) -> Tensor:
+        """[H, N + V, C]: of each head W_UK, then W_UV; a view of the weight."""
+        return self.weight.unflatten(0, (self._heads, -1))
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -89,7 +88,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Tensor:
         """Attention of whole sequences."""
         if absorbed or (absorbed is None and absorbing_pays(self.config, c.shape[1], c.shape[1])):
-            return self._absorbed(q_nope_BSHN, q_rope_BSHR, torch.cat((c, k_rope), dim=-1), mask)
+            return self._absorbed(q_nope_BSHN, q_rope_BSHR, Latents(torch.cat((c, k_rope), dim=-1)), mask)
         return self._expanded(q_nope_BSHN, q_rope_BSHR, c, k_rope, mask)
 
     def _attend_to_pieces(
@@ -99,30 +98,28 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope_THN, q_rope_THR = q_nope_BSHN.flatten(0, 1), q_rope_BSHR.flatten(0, 1)
         outs_tHV, start = [], 0
         for piece in pieces:
-            (B, T, _), S = piece.latents_BTX.shape, piece.num_queries
+            (B, T), S = piece.latents.shape, piece.num_queries
             nope, rope = (q[start : start + B * S].unflatten(0, (B, S)) for q in (q_nope_THN, q_rope_THR))
             if absorbed or (absorbed is None and absorbing_pays(self.config, S, T)):
-                out_BSHV = self._absorbed(nope, rope, piece.latents_BTX, piece.mask)
+                out_BSHV = self._absorbed(nope, rope, piece.latents, piece.mask)
             else:
-                out_BSHV = self._expanded_in_parts(nope, rope, piece.latents_BTX, piece.mask)
+                out_BSHV = self._expanded_in_parts(nope, rope, piece.latents.side_by_side(), piece.mask)
             outs_tHV.append(out_BSHV.flatten(0, 1))
             start += B * S
         out_THV = torch.cat(outs_tHV) if len(outs_tHV) > 1 else outs_tHV[0]
         return out_THV.unflatten(0, q_nope_BSHN.shape[:2])
 
-    def _absorbed(self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, latents_BTX: Tensor, mask: Tensor | None) -> Tensor:
+    def _absorbed(self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, latents: Latents, mask: Tensor | None) -> Tensor:
         """[B, S, H, V]: S queries over T latents, of which no key or value is made; few queries of a long context."""
-        (B, S, H, _), T = q_nope_BSHN.shape, latents_BTX.shape[1]
-        size = max(1, values_at_a_time(latents_BTX.device) // (B * H * T))
+        (B, S, H, _), T = q_nope_BSHN.shape, latents.shape[1]
+        size = max(1, values_at_a_time(q_nope_BSHN.device) // (B * H * T))
         if mask is None and size < S:
             rows = [slice(start, min(start + size, S)) for start in range(0, S, size)]
             outs = [
-                self._absorbed(q_nope_BSHN[:, r], q_rope_BSHR[:, r], latents_BTX[:, : T - S + r.stop], None)
-                for r in rows
+                self._absorbed(q_nope_BSHN[:, r], q_rope_BSHR[:, r], latents.first(T - S + r.stop), None) for r in rows
             ]
             return torch.cat(outs, dim=1)
-        w_uk_HNC, w_uv_HCV = self.kv_b_proj.maps()
-        return absorbed_attention(q_nope_BSHN, q_rope_BSHR, latents_BTX, w_uk_HNC, w_uv_HCV, self.scale, mask)
+        return absorbed_attention(q_nope_BSHN, q_rope_BSHR, latents, self.kv_b_proj.by_head(), self.scale, mask)
 
     def _expanded(
         self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, c: Tensor, k_rope: Tensor, mask: Tensor | None

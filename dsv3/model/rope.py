@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3.config import ModelConfig, RopeScaling
+from dsv3.ops import native
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -63,5 +64,7 @@ def cos_sin(config: ModelConfig, inv_freq: Tensor, positions: Tensor) -> tuple[T
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_2i, x_2i+1) by its angle. x [..., R], cos and sin broadcastable to [..., R/2]; dtype of x."""
+    if (fast := native.rotate(x, cos, sin)) is not None:
+        return fast
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

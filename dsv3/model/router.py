@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsv3.config import ModelConfig
 from dsv3.model.aux_loss import inject_loss, sequence_balance_loss
 from dsv3.model.context import Context
+from dsv3.ops import native
 from dsv3.ops.recompute import recomputed
 
 
@@ -35,6 +36,18 @@ def select_experts(scores_TE: Tensor, bias_E: Tensor | None, config: ModelConfig
     scores_TE: affinities s, at least FP32. bias_E: added for the selection only, never in the weights; None is no
     bias. Ties go to the lower index. Returns (expert_ids_TK int64, weights_TK in the dtype of the scores).
     """
+    fast = native.select_experts(
+        scores_TE,
+        bias_E,
+        chosen=config.num_experts_per_tok,
+        groups=1 if config.topk_method == "greedy" else config.n_group,
+        kept_groups=config.topk_group,
+        pairs=config.topk_method == "noaux_tc",
+        normalised=config.norm_topk_prob,
+        factor=config.routed_scaling_factor,
+    )
+    if fast is not None:
+        return fast
     selection_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     if config.n_group > 1 and config.topk_method != "greedy":
         grouped_TGe = selection_TE.unflatten(1, (config.n_group, -1))

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.ops import native
 from dsv3.ops.blocked_attention import blocked_attention
+from dsv3.ops.latents import Latents
 from dsv3.ops.recompute import recomputed
 
 
@@ -54,9 +56,8 @@ def attention(q_BHSK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float, mask
 def absorbed_attention(
     q_nope_BSHN: Tensor,
     q_rope_BSHR: Tensor,
-    latents_BTX: Tensor,
-    w_uk_HNC: Tensor,
-    w_uv_HCV: Tensor,
+    latents: Latents,
+    up_HMC: Tensor,
     scale: float,
     mask: Tensor | None,
 ) -> Tensor:
@@ -64,8 +65,13 @@ def absorbed_attention(
 
     q . k = (q_nope W_UK) . c + q_rope . k_rope, and sum_j p_j (W_UV c_j) = W_UV (sum_j p_j c_j): equal functions,
     other order of products. A latent is c and k_rope side by side, and to a query of all heads it is one key (and its
-    first part one value). Worth it when the queries are few. Returns [B, S, H, V].
+    first part one value). Worth it when the queries are few. up_HMC: of each head W_UK [N, C], then
+    W_UV [V, C], so M = N + V. Returns [B, S, H, V].
     """
+    if (fast := native.latent_attention(q_nope_BSHN, q_rope_BSHR, latents, up_HMC, scale, mask)) is not None:
+        return fast
+    latents_BTX, N = latents.side_by_side(), q_nope_BSHN.shape[-1]
+    w_uk_HNC, w_uv_HVC = up_HMC.split((N, up_HMC.shape[1] - N), dim=1)
     B, S, H, _ = q_nope_BSHN.shape
     dtype = torch.promote_types(latents_BTX.dtype, torch.float32)
     q_HtC = torch.bmm(q_nope_BSHN.flatten(0, 1).transpose(0, 1), w_uk_HNC)
@@ -81,4 +87,4 @@ def absorbed_attention(
     # Whole latents, of which k_rope's part is thrown away: without it a CPU would copy them.
     out_BsC = torch.bmm(probs_BsT, latents_BTX)[..., : w_uk_HNC.shape[2]]
     out_HtC = out_BsC.unflatten(1, (S, H)).flatten(0, 1).transpose(0, 1)
-    return torch.bmm(out_HtC, w_uv_HCV).transpose(0, 1).unflatten(0, (B, S))
+    return torch.bmm(out_HtC, w_uv_HVC.transpose(1, 2)).transpose(0, 1).unflatten(0, (B, S))

@@ -11,8 +11,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
+from dsv3.ops import native
 from dsv3.ops.swiglu import reference_swiglu, weighted_swiglu, weighted_swiglu_backward
+
+_FEW_ROWS = 8  # for each expert: from there on oneDNN's products are faster than our kernel
 
 
 def reference_grouped_swiglu(
@@ -33,10 +37,25 @@ def reference_grouped_swiglu(
 
 
 def grouped_swiglu(x_ND: Tensor, weights_N: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
-    """`reference_grouped_swiglu`, fast: torch's grouped GEMM where a kernel exists, one GEMM per expert elsewhere."""
+    """`reference_grouped_swiglu`, fast: torch's grouped GEMM where a kernel exists, one GEMM per expert elsewhere.
+
+    A few rows, in inference on a CPU, go to a kernel of our own.
+    """
+    if few_rows(x_ND, counts_E):
+        fast = native.experts(x_ND, weights_N, counts_E, gate_up_EGD, down_EDF)
+        if fast is not None:
+            return fast
     kernel = _grouped_mm_swiglu if _has_grouped_gemm(x_ND) else _LoopSwiGLU.apply
     out: Tensor = kernel(x_ND, weights_N, counts_E, gate_up_EGD, down_EDF)
     return out
+
+
+def few_rows(x_ND: Tensor, counts_E: Tensor) -> bool:
+    """Whether reading the weights is what takes the time. A `TorchFunctionMode` may decide it otherwise."""
+    if has_torch_function((x_ND,)):
+        decided: bool = handle_torch_function(few_rows, (x_ND,), x_ND, counts_E)
+        return decided
+    return len(x_ND) <= _FEW_ROWS * len(counts_E)
 
 
 def row_alignment(x_ND: Tensor, num_rows: int, num_experts: int) -> int:

@@ -12,14 +12,14 @@ Shapes: N rows, I inputs, O outputs of a linear map, G groups of inputs.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from dsv3 import compat
+from dsv3.ops.packed import LinearWeight
 
 GROUP = 32
 _FEW_ROWS = 12  # where multiplying by int8 directly is no longer faster than turning them into BF16 first
@@ -55,8 +55,8 @@ def dequantize_groups(q_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor
     return (steps_OGI * scale_OG.float().unsqueeze(-1) + zero_OG.float().unsqueeze(-1)).flatten(1)
 
 
-class QuantizedWeight(ABC):
-    """A linear map's weight, quantised, on a CPU; takes BF16 activations."""
+class QuantizedWeight(LinearWeight):
+    """A weight, quantised; takes BF16 activations."""
 
     @abstractmethod
     def __init__(self, weight_OI: Tensor) -> None:
@@ -71,22 +71,6 @@ class QuantizedWeight(ABC):
     @abstractmethod
     def fits(num_outputs: int, num_inputs: int) -> bool:
         """Whether its kernel takes a weight of this shape."""
-
-    @abstractmethod
-    def multiply(self, x_NI: Tensor) -> Tensor:
-        """x W^T, [N, O] in x's dtype, of contiguous rows."""
-
-    def linear(self, x: Tensor) -> Tensor:
-        """x W^T, [..., O], as `torch.nn.functional.linear` gives it."""
-        return quantized_linear(x, self)
-
-
-def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """`weight.linear(x)`. A `TorchFunctionMode` may take it over, as torch's own functions."""
-    if has_torch_function((x,)):
-        taken: Tensor = handle_torch_function(quantized_linear, (x,), x, weight)
-        return taken
-    return weight.multiply(x.reshape(-1, x.shape[-1]).contiguous()).unflatten(0, x.shape[:-1])
 
 
 class Int8Weight(QuantizedWeight):

@@ -12,6 +12,8 @@ from torch import Tensor
 
 def gather_rows(x_TD: Tensor, tokens_N: Tensor, places_TK: Tensor, *, all_served: bool = True) -> Tensor:
     """[N, D]: x[tokens]. Its gradient is `sum_rows`. `all_served` promises that no place is -1."""
+    if not torch.is_grad_enabled():
+        return x_TD.index_select(0, tokens_N)
     out: Tensor = _Gather.apply(x_TD, tokens_N, places_TK, all_served)
     return out
 
@@ -21,6 +23,8 @@ def sum_rows(rows_ND: Tensor, tokens_N: Tensor, places_TK: Tensor, *, all_served
 
     Padding gets a gradient as if it served token `tokens_N`; whoever pads must see to it that this goes nowhere.
     """
+    if not torch.is_grad_enabled():
+        return _sum(rows_ND, places_TK, all_served)
     out: Tensor = _Sum.apply(rows_ND, tokens_N, places_TK, all_served)
     return out
 

@@ -18,11 +18,13 @@ def reference_swiglu(h: Tensor) -> Tensor:
 
 def swiglu(h: Tensor) -> Tensor:
     """`reference_swiglu` that keeps only h for its backward pass."""
-    return recomputed(_SwiGLU.apply, h)
+    return recomputed(_SwiGLU.apply, h) if torch.is_grad_enabled() else _swiglu(h)
 
 
 def weighted_swiglu(h_NG: Tensor, weights_N: Tensor) -> Tensor:
     """swiglu(h) times one weight per row (cast to h's dtype), that keeps only h and the weights. Returns [N, G/2]."""
+    if not torch.is_grad_enabled():
+        return _swiglu(h_NG).mul_(weights_N.to(h_NG.dtype).unsqueeze(1))
     return recomputed(_WeightedSwiGLU.apply, h_NG, weights_N)
 
 
@@ -42,12 +44,16 @@ def weighted_swiglu_backward(h: Tensor, weights: Tensor, grad: Tensor) -> tuple[
     return swiglu_backward(h, grad * weights.to(h.dtype).unsqueeze(1)), d_weights
 
 
+def _swiglu(h: Tensor) -> Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(h)
-        gate, up = h.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _swiglu(h)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -59,8 +65,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weights):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(h, weights)
-        gate, up = h.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up).mul_(weights.to(h.dtype).unsqueeze(1))
+        return _swiglu(h).mul_(weights.to(h.dtype).unsqueeze(1))
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from dsv3.errors import UserError
 from dsv3.model.experts import Experts
 from dsv3.model.mla import LatentUpProjection
 from dsv3.model.transformer import Transformer
+from dsv3.ops import native
 from dsv3.ops.packed import LinearWeight, PackedWeight, can_pack, packed_grouped_swiglu
 from dsv3.ops.quantized import Int4Weight, Int8DynamicWeight, Int8Weight, QuantizedWeight
 from dsv3.serve.engine_config import Quantization
@@ -32,17 +34,16 @@ class PackedLinear(nn.Module):
 class PackedUpProjection(PackedLinear):
     """`LatentUpProjection` for inference only, never quantised.
 
-    Decoding multiplies by its maps in batches over the heads, for which there is no kernel with int8; and prompts and
-    decoded tokens should meet the same map.
+    Decoding multiplies by its maps head by head, for which there is no kernel with int8; and prompts and decoded tokens
+    should meet the same map.
     """
 
     def __init__(self, linear: LatentUpProjection) -> None:
-        super().__init__(linear, PackedWeight)
-        w_uk_HNC, w_uv_HCV = linear.maps()
-        self._maps = (w_uk_HNC.detach().contiguous(), w_uv_HCV.detach().contiguous())
+        super().__init__(linear, PackedWeight)  # decoding takes it by head
+        self._up_HMC = linear.by_head().detach()
 
-    def maps(self) -> tuple[Tensor, Tensor]:
-        return self._maps
+    def by_head(self) -> Tensor:
+        return self._up_HMC
 
 
 class PackedExperts(nn.Module):
@@ -80,26 +81,29 @@ def pack_weights(model: Transformer, quantization: Quantization = "none") -> boo
     if not can_pack(model.lm_head.weight):
         return False
     model.lm_head = PackedLinear(model.lm_head, pack_head)  # type: ignore[assignment]
-    _pack_children(model, pack)
+    _pack_children(model, pack, keep_experts=quantization == "none")
     return True
 
 
-def _pack_children(module: nn.Module, pack: Pack) -> None:
-    """Depth first, and no list of all modules: it would keep every weight until the last is packed."""
+def _pack_children(module: nn.Module, pack: Pack, *, keep_experts: bool) -> None:
+    """Depth first, and no list of all modules: it would keep every weight until the last is packed.
+
+    keep_experts: where our own kernel takes them as they are.
+    """
     for name, child in module.named_children():
         if type(child) is nn.Linear:
             setattr(module, name, PackedLinear(child, pack))
         elif type(child) is LatentUpProjection:
             setattr(module, name, PackedUpProjection(child))
-        elif type(child) is Experts:
+        elif type(child) is Experts and not (keep_experts and native.takes_experts(child.down_proj)):
             setattr(module, name, PackedExperts(child, pack))
         else:
-            _pack_children(child, pack)
+            _pack_children(child, pack, keep_experts=keep_experts)
 
 
 def _packers(model: Transformer, quantization: Quantization) -> tuple[Pack, Pack]:
     if quantization == "none":
-        return PackedWeight, PackedWeight
+        return PackedWeight, partial(PackedWeight, few_rows=True)
     if quantization not in _KINDS:
         raise UserError(f"quantization is '{quantization}', expected none, {', '.join(_KINDS)}")
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:

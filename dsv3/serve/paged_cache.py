@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsv3.config import ModelConfig
 from dsv3.model.cache import Cache, Piece
+from dsv3.ops.latents import Latents
 
 # Larger chunks are prompts: each is a piece of its own, without padding.
 MAX_GROUPED = 8
@@ -118,10 +119,7 @@ class PagedPass:
         """Write the pass's latents to their slots; then one piece for each group of chunks."""
         pool = self._cache.layer(layer)
         pool.index_copy_(0, self._slots_T, latent_BSX[0])
-        return [
-            Piece(pool.index_select(0, slots_BT.flatten()).unflatten(0, slots_BT.shape), S, mask)
-            for slots_BT, S, mask in self._reads
-        ]
+        return [Piece(Latents(pool, slots_BT), S, mask) for slots_BT, S, mask in self._reads]
 
 
 class Pass(Cache, Protocol):

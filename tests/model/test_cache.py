@@ -15,7 +15,7 @@ def held(cache: LatentCache, layer: int, new: torch.Tensor) -> torch.Tensor:
     """What the cache holds once `new` has been appended: one causal piece."""
     (piece,) = cache.append(layer, new)
     assert piece.num_queries == new.shape[1] and piece.mask is None
-    return piece.latents_BTX
+    return piece.latents.side_by_side()
 
 
 def test_layers_have_lengths_of_their_own_and_keep_what_they_were_given(generator):

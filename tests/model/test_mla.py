@@ -12,6 +12,7 @@ from dsv3.model.cache import LatentCache, Piece
 from dsv3.model.context import Context
 from dsv3.model.mla import MultiHeadLatentAttention, absorbing_pays
 from dsv3.model.rope import cos_sin, inverse_frequencies
+from dsv3.ops.latents import Latents
 from tests import reference
 from tests.variants import VARIANTS, random_model
 
@@ -84,7 +85,7 @@ def test_the_cache_holds_the_normed_latent_and_the_rotated_key(config, absorbed,
         attn(x[:, :4], context(config, 0, 4, cache), absorbed)
         attn(x[:, 4:], context(config, 4, 6, cache), absorbed)
         W = reference.weights_of(attn)
-    held = cache.append(attn.layer, torch.empty(1, 0, config.latent_dim, dtype=torch.float64))[0].latents_BTX
+    held = cache.append(attn.layer, torch.empty(1, 0, config.latent_dim, dtype=torch.float64))[0].latents.side_by_side()
     for j in range(6):
         expected = torch.cat(reference.latents(config, W, "", x[0, j], j))
         torch.testing.assert_close(held[0, j], expected, atol=1e-5, rtol=1e-5)
@@ -160,7 +161,7 @@ def test_a_masked_piece_in_parts_is_the_whole(absorbed, generator, monkeypatch):
     outputs = []
     for values in (2**23, 4 * 2 * H * (config.qk_head_dim + config.v_head_dim)):
         monkeypatch.setattr(mla, "values_at_a_time", lambda _, values=values: values)
-        outputs.append(attn._attend_to_pieces(nope, rope, [Piece(latents, 3, mask)], absorbed))
+        outputs.append(attn._attend_to_pieces(nope, rope, [Piece(Latents(latents), 3, mask)], absorbed))
     torch.testing.assert_close(outputs[1], outputs[0], atol=1e-12, rtol=1e-12)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dsv3.ops.attention import absorbed_attention, attention, causal_mask, reference_attention
+from dsv3.ops.latents import Latents
 
 SIZES = [(1, 1), (1, 7), (3, 7), (7, 7)]  # S queries, T keys
 each_size = pytest.mark.parametrize(("S", "T"), SIZES)
@@ -85,6 +86,11 @@ def expanded(q_nope, q_rope, latents, w_uk, w_uv, scale, mask):
     return reference_attention(q, k, torch.einsum("btc,hcv->bhtv", c, w_uv), scale, mask).transpose(1, 2)
 
 
+def absorbed(q_nope, q_rope, latents, w_uk_HNC, w_uv_HCV, scale, mask):
+    up_HMC = torch.cat((w_uk_HNC, w_uv_HCV.transpose(1, 2)), dim=1)
+    return absorbed_attention(q_nope, q_rope, Latents(latents), up_HMC, scale, mask)
+
+
 @each_size
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -92,7 +98,7 @@ def test_absorbed_is_expanded(S, T, masked, dtype, tolerance, generator):
     inputs = random_latents(S, T, generator, dtype)
     mask = random_mask(S, T, generator) if masked else None
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    out = absorbed_attention(*inputs, SCALE, mask)
+    out = absorbed(*inputs, SCALE, mask)
     exact = expanded(*exact_inputs, SCALE, mask)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), exact, atol=tolerance, rtol=tolerance)
@@ -108,7 +114,7 @@ def test_absorbed_is_expanded(S, T, masked, dtype, tolerance, generator):
 def test_gradcheck(generator):
     qkv = [x.detach()[:1, :1].clone().requires_grad_() for x in random_qkv(2, 3, 4, generator)]
     assert torch.autograd.gradcheck(lambda *x: attention(*x, SCALE, None), qkv)
-    assert torch.autograd.gradcheck(lambda *x: absorbed_attention(*x, SCALE, None), random_latents(2, 3, generator))
+    assert torch.autograd.gradcheck(lambda *x: absorbed(*x, SCALE, None), random_latents(2, 3, generator))
 
 
 def test_the_softmax_is_float32_under_bfloat16(generator):
@@ -119,7 +125,7 @@ def test_the_softmax_is_float32_under_bfloat16(generator):
     q = ones[:, :, :1]
     for function in (attention, reference_attention):
         assert function(q, ones, values, 1.0, None).float().mean().item() == pytest.approx(mean, rel=0.01)
-    out = absorbed_attention(
+    out = absorbed(
         q.transpose(1, 2),
         q.transpose(1, 2),
         torch.cat((values[0], ones[0]), dim=-1),

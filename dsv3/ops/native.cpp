@@ -1,0 +1,395 @@
+// Kernels for decoding on a CPU: few rows against every weight, so that reading the weights is their time.
+//
+// Weights stay as PyTorch has them, BF16 rows [outputs, inputs]; sums are FP32. Each sum is taken in one order whatever
+// the number of rows or threads, so a row's result does not depend on what is computed beside it. Vectors are the
+// compiler's (GCC, Clang): 16 floats, made of what the machine has; where it has dot products of BF16, those are taken.
+//
+// No header of PyTorch and no C++ library: this file compiles in a second and is called with plain pointers.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+using bf16 = uint16_t;
+constexpr int WIDTH = 16;  // floats of a vector
+constexpr int OUTS = 4;    // outputs of a map that are computed at a time
+constexpr int KEYS = 64;   // latents that attention looks at at a time
+constexpr int STEP = 32;   // BF16 inputs that a dot product takes at a time: widths are multiples of it
+
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
+
+template <class V, class T>
+inline V load(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline Floats widen(const bf16* from) { return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16); }
+
+inline float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+// Round to nearest, ties to even; a NaN stays one.
+inline bf16 narrow(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+inline void store(bf16* to, Floats v) {
+    Ints bits = (Ints)v;
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    bits = v != v ? Ints{} + 0x7fc0 : bits;
+    const Halves out = __builtin_convertvector(bits, Halves);
+    std::memcpy(to, &out, sizeof out);
+}
+
+inline float sum(const Floats v) {
+    typedef float Half __attribute__((vector_size(2 * WIDTH)));
+    typedef float Quarter __attribute__((vector_size(WIDTH)));
+    Half h[2];
+    std::memcpy(h, &v, sizeof v);
+    h[0] += h[1];
+    Quarter q[2];
+    std::memcpy(q, h, sizeof q);
+    q[0] += q[1];
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
+}
+
+// acc + a * b over STEP inputs.
+inline Floats dot(Floats acc, const bf16* a, const bf16* b) {
+#ifdef __AVX512BF16__
+    return (Floats)_mm512_dpbf16_ps((__m512)acc, load<__m512bh>(a), load<__m512bh>(b));
+#else
+    acc += widen(a) * widen(b);
+    return acc + widen(a + WIDTH) * widen(b + WIDTH);
+#endif
+}
+
+inline float silu(float x) { return x / (1 + std::exp(-x)); }
+
+// e^x for x <= 0, to about 2 ulp, and 0 below e^-87: 2^n times a polynomial of the rest.
+inline Floats exp_of_negative(const Floats x) {
+    Floats shifted = x * 1.44269504f + 12582912.0f;  // rounds to an integer in the low bits
+    Ints n = (Ints)shifted - 0x4b400000;
+    Floats rest = x - (shifted - 12582912.0f) * 0.693359375f;
+    rest = rest - (shifted - 12582912.0f) * -2.12194440e-4f;
+    Floats p = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * rest * rest + rest + 1.0f;
+    return x < -87.0f ? Floats{} : p * (Floats)((n + 127) << 23);
+}
+
+// out[r][o] = x[r] . w[o] for ROWS rows, given by address, and OUTS outputs of I inputs.
+template <int ROWS, int OUTS>
+inline void tile(const bf16* const x[ROWS], const bf16* w, int64_t I, float out[ROWS][OUTS]) {
+    Floats acc[ROWS][OUTS] = {};
+    for (int64_t i = 0; i < I; i += STEP)
+        for (int o = 0; o < OUTS; ++o)
+            for (int r = 0; r < ROWS; ++r) acc[r][o] = dot(acc[r][o], x[r] + i, w + o * I + i);
+    for (int r = 0; r < ROWS; ++r)
+        for (int o = 0; o < OUTS; ++o) out[r][o] = sum(acc[r][o]);
+}
+
+// Calls take(r, out[OUTS]) for each of n rows, which lie at row(r).
+template <int OUTS, class Row, class Take>
+inline void outputs(int64_t n, Row row, const bf16* w, int64_t I, Take take) {
+    int64_t r = 0;
+    for (float out[4][OUTS]; r + 4 <= n; r += 4) {
+        const bf16* const rows[4] = {row(r), row(r + 1), row(r + 2), row(r + 3)};
+        tile<4, OUTS>(rows, w, I, out);
+        for (int k = 0; k < 4; ++k) take(r + k, out[k]);
+    }
+    for (float out[1][OUTS]; r < n; ++r) {
+        const bf16* const rows[1] = {row(r)};
+        tile<1, OUTS>(rows, w, I, out);
+        take(r, out[0]);
+    }
+}
+
+// The absorbed queries of TOKENS tokens of one head, q W_UK, with the rows of W_UK going by once. q(t): N values of token
+// t; take(t, c, v): what its dimensions from c on are. C a multiple of WIDTH.
+template <int TOKENS, class Query, class Take>
+inline void absorb(Query q, const bf16* w_uk, int64_t N, int64_t C, Take take) {
+    constexpr int VECTORS = 16 / TOKENS;
+    for (int64_t c = 0; c < C; c += VECTORS * WIDTH) {
+        const int vectors = C - c < VECTORS * WIDTH ? (C - c) / WIDTH : VECTORS;
+        Floats acc[TOKENS][VECTORS] = {};
+        for (int64_t n = 0; n < N; ++n)
+            for (int v = 0; v < vectors; ++v) {
+                const Floats w = widen(w_uk + n * C + c + v * WIDTH);
+                for (int t = 0; t < TOKENS; ++t) acc[t][v] += w * widen(q(t)[n]);
+            }
+        for (int t = 0; t < TOKENS; ++t)
+            for (int v = 0; v < vectors; ++v) take(t, c + v * WIDTH, acc[t][v]);
+    }
+}
+
+// acc[k][c ...] += sum_j probs[k][j] latent(j)[c ...] over n tokens, for VECTORS vectors from dimension c on.
+template <int HEADS, int VECTORS, class Latent>
+inline void weighted_sum(float* acc, Latent latent, const float* probs, int64_t n, int64_t c, int64_t C) {
+    Floats sums[HEADS][VECTORS];
+    for (int k = 0; k < HEADS; ++k)
+        for (int v = 0; v < VECTORS; ++v) sums[k][v] = load<Floats>(acc + k * C + c + v * WIDTH);
+    for (int64_t j = 0; j < n; ++j)
+        for (int v = 0; v < VECTORS; ++v) {
+            const Floats values = widen(latent(j) + c + v * WIDTH);
+            for (int k = 0; k < HEADS; ++k) sums[k][v] += values * probs[k * KEYS + j];
+        }
+    for (int k = 0; k < HEADS; ++k)
+        for (int v = 0; v < VECTORS; ++v) std::memcpy(acc + k * C + c + v * WIDTH, &sums[k][v], sizeof(Floats));
+}
+
+// q[k] <- the first C of sum_j p_j latent(j), p the softmax of q[k] . latent(j) over the `visible` first tokens that
+// `looks` does not hide, for HEADS queries that lie X apart. Goes over the latents once, KEYS at a time, which stay in
+// the cache: what came before is scaled down whenever a larger score comes. acc: scratch, [HEADS][C].
+template <int HEADS, class Latent>
+void attend(bf16* q, Latent latent, const uint8_t* looks, float scale, float* acc, int64_t visible, int64_t C,
+            int64_t X) {
+    float probs[HEADS * KEYS], total[HEADS] = {}, highest[HEADS];
+    for (int k = 0; k < HEADS; ++k) highest[k] = -INFINITY;
+    std::memset(acc, 0, HEADS * C * sizeof(float));
+    for (int64_t begin = 0; begin < visible; begin += KEYS) {
+        const int64_t n = visible - begin < KEYS ? visible - begin : KEYS;
+        const auto of_block = [=](int64_t j) { return latent(begin + j); };
+        outputs<HEADS>(n, of_block, q, X, [&](int64_t j, const float* out) {
+            for (int k = 0; k < HEADS; ++k) probs[k * KEYS + j] = looks && !looks[begin + j] ? -INFINITY : out[k] * scale;
+        });
+        for (int k = 0; k < HEADS; ++k) {
+            float* p = probs + k * KEYS;
+            float most = highest[k];
+            for (int64_t j = 0; j < n; ++j) most = p[j] > most ? p[j] : most;
+            for (int64_t j = n; j < KEYS; ++j) p[j] = -INFINITY;
+            const float before = highest[k];
+            highest[k] = most;
+            // Where nothing may be seen yet all is zero; there -inf must not meet -inf.
+            const Floats subtracted = Floats{} + (most == -INFINITY ? 0 : most);
+            Floats sums = {};
+            for (int64_t j = 0; j < KEYS; j += WIDTH) {
+                const Floats e = exp_of_negative(load<Floats>(p + j) - subtracted);
+                sums += e;
+                std::memcpy(p + j, &e, sizeof e);
+            }
+            if (before != most && before != -INFINITY) {
+                const float less = std::exp(before - most);
+                total[k] *= less;
+                for (int64_t c = 0; c < C; ++c) acc[k * C + c] *= less;
+            }
+            total[k] += sum(sums);
+        }
+        for (int64_t c = 0; c < C; c += 2 * WIDTH) weighted_sum<HEADS, 2>(acc, of_block, probs, n, c, C);
+    }
+    for (int k = 0; k < HEADS; ++k)
+        for (int64_t c = 0; c < C; c += WIDTH) store(q + k * X + c, load<Floats>(acc + k * C + c) / total[k]);
+}
+
+
+constexpr int MAX_EXPERTS = 1024;
+
+// Index of the largest, the first among equals; a NaN counts as larger than anything.
+inline int64_t largest(const float* x, int64_t n) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; ++i)
+        if (x[i] > x[best] || (x[i] != x[i] && x[best] == x[best])) best = i;
+    return best;
+}
+
+int thread() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+}  // namespace
+
+extern "C" {
+
+// y [n, O] = x [n, I] w [O, I]^T, the rows of x `stride` apart.
+void linear(const bf16* x, int64_t stride, const bf16* w, bf16* y, int64_t n, int64_t I, int64_t O, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t o = 0; o < O; o += OUTS)
+        outputs<OUTS>(n, [&](int64_t r) { return x + r * stride; }, w + o * I, I, [&](int64_t r, const float* out) {
+            for (int k = 0; k < OUTS; ++k) y[r * O + o + k] = narrow(out[k]);
+        });
+}
+
+// The `chosen` experts of each of n tokens by their scores [n, E] plus bias [E] (or null), best first, lower index first
+// among equals; if `groups` is above 1 only of the `kept` groups whose two best scores (best, if `pairs` is 0) add up to
+// most. ids [n, chosen]; weights [n, chosen]: their scores, divided by the sum if `normalised`, times `factor`.
+void select_experts(const float* scores, const float* bias, int64_t* ids, float* weights, int64_t n, int64_t E,
+                    int64_t chosen, int64_t groups, int64_t kept, int64_t pairs, int64_t normalised, float factor) {
+    const int64_t size = E / groups;
+    for (int64_t t = 0; t < n; ++t, scores += E, ids += chosen, weights += chosen) {
+        float biased[MAX_EXPERTS], of_group[MAX_EXPERTS];
+        for (int64_t e = 0; e < E; ++e) biased[e] = scores[e] + (bias ? bias[e] : 0);
+        if (groups > 1) {
+            for (int64_t g = 0; g < groups; ++g) {
+                float first = -INFINITY, second = -INFINITY;
+                for (int64_t e = g * size; e < (g + 1) * size; ++e)
+                    if (biased[e] > first) {
+                        second = first;
+                        first = biased[e];
+                    } else if (biased[e] > second)
+                        second = biased[e];
+                of_group[g] = pairs ? first + second : first;
+            }
+            for (int64_t k = 0; k < kept; ++k) of_group[largest(of_group, groups)] = -INFINITY;
+            for (int64_t e = 0; e < E; ++e)
+                if (of_group[e / size] != -INFINITY) biased[e] = -INFINITY;
+        }
+        float total = 0;
+        for (int64_t k = 0; k < chosen; ++k) {
+            ids[k] = largest(biased, E);
+            biased[ids[k]] = -INFINITY;
+            total += weights[k] = scores[ids[k]];
+        }
+        for (int64_t k = 0; k < chosen; ++k) weights[k] = (normalised ? weights[k] / (total + 1e-20f) : weights[k]) * factor;
+    }
+}
+
+// y [N, D] = down_e (weight * silu(gate_e x) * up_e x) for rows x [N, D] that lie grouped by expert e, counts [E] of each.
+// gate_up [E, 2F, D], gate first; down [E, D, F]; act [N, F] is scratch.
+void experts(const bf16* x, const float* weights, const int64_t* counts, const bf16* gate_up, const bf16* down, bf16* y,
+             bf16* act, int64_t E, int64_t D, int64_t F, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t first = 0;
+        for (int64_t e = 0; e < E; first += counts[e], ++e) {
+            if (!counts[e]) continue;
+            const bf16* gate = gate_up + e * 2 * F * D;
+#pragma omp for schedule(static) nowait
+            for (int64_t f = 0; f < F; f += OUTS) {
+                float gated[256][OUTS];
+                for (int64_t begin = 0; begin < counts[e]; begin += 256) {
+                    int64_t n = counts[e] - begin < 256 ? counts[e] - begin : 256;
+                    const auto row = [&](int64_t r) { return x + (first + begin + r) * D; };
+                    outputs<OUTS>(n, row, gate + f * D, D, [&](int64_t r, const float* out) {
+                        for (int k = 0; k < OUTS; ++k) gated[r][k] = silu(out[k]);
+                    });
+                    outputs<OUTS>(n, row, gate + (F + f) * D, D, [&](int64_t r, const float* out) {
+                        const int64_t at = first + begin + r;
+                        for (int k = 0; k < OUTS; ++k) act[at * F + f + k] = narrow(gated[r][k] * out[k] * weights[at]);
+                    });
+                }
+            }
+        }
+#pragma omp barrier
+        first = 0;
+        for (int64_t e = 0; e < E; first += counts[e], ++e) {
+            if (!counts[e]) continue;
+            const auto row = [&](int64_t r) { return act + (first + r) * F; };
+#pragma omp for schedule(static) nowait
+            for (int64_t d = 0; d < D; d += OUTS)
+                outputs<OUTS>(counts[e], row, down + (e * D + d) * F, F, [&](int64_t r, const float* out) {
+                    for (int k = 0; k < OUTS; ++k) y[(first + r) * D + d + k] = narrow(out[k]);
+                });
+        }
+    }
+}
+
+// y [n, D] = x / sqrt(mean(x^2) + eps) * weight; the rows of x lie `stride` apart.
+void rms_norm(const bf16* x, int64_t stride, const bf16* weight, bf16* y, int64_t n, int64_t D, float eps) {
+    for (int64_t r = 0; r < n; ++r, x += stride, y += D) {
+        Floats squares = {};
+        for (int64_t i = 0; i < D; i += WIDTH) squares += widen(x + i) * widen(x + i);
+        float scale = 1 / std::sqrt(sum(squares) / D + eps);
+        for (int64_t i = 0; i < D; i += WIDTH) store(y + i, widen(x + i) * scale * widen(weight + i));
+    }
+}
+
+// y [n, heads, R] = x with each pair (2i, 2i + 1) turned by the angle of its token; cos, sin [n, R / 2]. Tokens of x lie
+// `token_stride` apart, heads `head_stride`.
+void rotate(const bf16* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, bf16* y,
+            int64_t n, int64_t heads, int64_t R) {
+    for (int64_t t = 0; t < n; ++t, cos += R / 2, sin += R / 2)
+        for (int64_t h = 0; h < heads; ++h, y += R) {
+            const bf16* from = x + t * token_stride + h * head_stride;
+            for (int64_t i = 0; i < R / 2; ++i) {
+                float even = widen(from[2 * i]), odd = widen(from[2 * i + 1]);
+                y[2 * i] = narrow(even * cos[i] - odd * sin[i]);
+                y[2 * i + 1] = narrow(even * sin[i] + odd * cos[i]);
+            }
+        }
+}
+
+// Multi-head latent attention in the absorbed order: y [B, S, H, V] of queries nope [B, S, H, N] and rope [B, S, H, R],
+// whose tokens lie `*_token` apart and heads `*_head`. The T latents [C + R] of sequence b are the rows of `latents` from
+// `apart` * b on, or, if there are slots [B, T], those that they say. up [H, N + V, C]: of each head W_UK,
+// then W_UV. mask [B, S, T]: not 0 where a query may look; null: the S queries are the last of the T positions.
+// Scratch: queries [B * S, H, C + R] BF16; scratch [threads, 8, C] floats.
+void latent_attention(const bf16* nope, int64_t nope_token, int64_t nope_head, const bf16* rope, int64_t rope_token,
+                      int64_t rope_head, const bf16* latents, int64_t apart, const int64_t* slots, const bf16* up, const uint8_t* mask, float scale, bf16* y,
+                      bf16* queries, float* scratch, int64_t B, int64_t S, int64_t T, int64_t H, int64_t N, int64_t C,
+                      int64_t R, int64_t V, int64_t threads) {
+    const int64_t X = C + R, tokens = B * S;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t h = 0; h < H; ++h)
+            for (int64_t first = 0; first < tokens; first += 4) {
+                const bf16* w_uk = up + h * (N + V) * C;
+                const auto q = [=](int64_t t) { return nope + (first + t) * nope_token + h * nope_head; };
+                const auto take = [=](int64_t t, int64_t c, Floats v) { store(queries + ((first + t) * H + h) * X + c, v); };
+                if (tokens - first >= 4)
+                    absorb<4>(q, w_uk, N, C, take);
+                else
+                    for (int64_t t = 0; t < tokens - first; ++t)
+                        absorb<1>([=](int64_t) { return q(t); }, w_uk, N, C,
+                                  [=](int64_t, int64_t c, Floats v) { take(t, c, v); });
+            }
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t h = 0; h < H; ++h)
+                std::memcpy(queries + (t * H + h) * X + C, rope + t * rope_token + h * rope_head, R * sizeof(bf16));
+        // Softmax over the latents and their weighted sum, which takes the place of the query.
+        const int64_t group = tokens * ((H + 7) / 8) >= threads ? 8 : 4;
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t h = 0; h < H; h += group) {
+                const bf16* rows = latents + t / S * apart;
+                const int64_t* places = slots ? slots + t / S * T : nullptr;
+                const auto latent = [=](int64_t j) { return rows + (places ? places[j] : j) * X; };
+                const uint8_t* looks = mask ? mask + t * T : nullptr;
+                int64_t visible = T - S + t % S + 1;
+                if (looks)
+                    for (visible = T; visible > 1 && !looks[visible - 1];) --visible;
+                float* own = scratch + thread() * 8 * C;
+                bf16* q = queries + (t * H + h) * X;
+                int64_t left = H - h < group ? H - h : group;
+                for (; left >= 8; left -= 8, q += 8 * X) attend<8>(q, latent, looks, scale, own, visible, C, X);
+                for (; left >= 4; left -= 4, q += 4 * X) attend<4>(q, latent, looks, scale, own, visible, C, X);
+                for (; left; --left, q += X) attend<1>(q, latent, looks, scale, own, visible, C, X);
+            }
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t h = 0; h < H; ++h)
+            for (int64_t v = 0; v < V; v += OUTS)
+                outputs<OUTS>(
+                    tokens, [&](int64_t t) { return queries + (t * H + h) * X; }, up + (h * (N + V) + N + v) * C, C,
+                    [&](int64_t t, const float* out) {
+                        for (int k = 0; k < OUTS; ++k) y[(t * H + h) * V + v + k] = narrow(out[k]);
+                    });
+    }
+}
+}
