@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -27,7 +27,6 @@ constexpr int STEP = 32;   // BF16 inputs that a dot product takes at a time: wi
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
-typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
 
 template <class V, class T>
 inline V load(const T* from) {
@@ -37,6 +36,16 @@ inline V load(const T* from) {
 }
 
 inline Floats widen(const bf16* from) { return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16); }
+
+inline Floats widen(const int8_t* from) {
+#ifdef __AVX512F__  // compilers take a vector of bytes apart
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+#else
+    float out[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) out[i] = from[i];
+    return load<Floats>(out);
+#endif
+}
 
 inline float widen(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -83,6 +92,11 @@ inline Floats dot(Floats acc, const bf16* a, const bf16* b) {
 #endif
 }
 
+inline Floats dot(Floats acc, const bf16* a, const int8_t* b) {
+    acc += widen(a) * widen(b);
+    return acc + widen(a + WIDTH) * widen(b + WIDTH);
+}
+
 inline float silu(float x) { return x / (1 + std::exp(-x)); }
 
 // e^x for x <= 0, to about 2 ulp, and 0 below e^-87: 2^n times a polynomial of the rest.
@@ -100,21 +114,28 @@ inline Floats exp_of_negative(const Floats x) {
     return x < -87.0f ? Floats{} : p * (Floats)((n + 127) << 23);
 }
 
-// out[r][o] = x[r] . w[o] for ROWS rows, given by address, and OUTS outputs of I inputs.
-template <int ROWS, int OUTS>
-inline void tile(const bf16* const x[ROWS], const bf16* w, int64_t I, float out[ROWS][OUTS]) {
+// out[r][o] = x[r] . w[o] for ROWS rows, given by address, and OUTS outputs of I inputs. Weights go by in the order in
+// which they lie: the machine reads ahead for that, and half as fast for several rows of weights at once.
+template <int ROWS, int OUTS, class Weight>
+inline void tile(const bf16* const x[ROWS], const Weight* w, int64_t I, float out[ROWS][OUTS]) {
     Floats acc[ROWS][OUTS] = {};
-    for (int64_t i = 0; i < I; i += STEP)
-        for (int o = 0; o < OUTS; ++o)
+    for (int o = 0; o < OUTS; ++o)
+        for (int64_t i = 0; i < I; i += STEP)
             for (int r = 0; r < ROWS; ++r) acc[r][o] = dot(acc[r][o], x[r] + i, w + o * I + i);
     for (int r = 0; r < ROWS; ++r)
         for (int o = 0; o < OUTS; ++o) out[r][o] = sum(acc[r][o]);
 }
 
 // Calls take(r, out[OUTS]) for each of n rows, which lie at row(r).
-template <int OUTS, class Row, class Take>
-inline void outputs(int64_t n, Row row, const bf16* w, int64_t I, Take take) {
+template <int OUTS, class Row, class Weight, class Take>
+inline void outputs(int64_t n, Row row, const Weight* w, int64_t I, Take take) {
     int64_t r = 0;
+    for (float out[8][OUTS]; r + 8 <= n; r += 8) {
+        const bf16* rows[8];
+        for (int k = 0; k < 8; ++k) rows[k] = row(r + k);
+        tile<8, OUTS>(rows, w, I, out);
+        for (int k = 0; k < 8; ++k) take(r + k, out[k]);
+    }
     for (float out[4][OUTS]; r + 4 <= n; r += 4) {
         const bf16* const rows[4] = {row(r), row(r + 1), row(r + 2), row(r + 3)};
         tile<4, OUTS>(rows, w, I, out);
@@ -127,21 +148,31 @@ inline void outputs(int64_t n, Row row, const bf16* w, int64_t I, Take take) {
     }
 }
 
-// The absorbed queries of TOKENS tokens of one head, q W_UK, with the rows of W_UK going by once. q(t): N values of token
-// t; take(t, c, v): what its dimensions from c on are. C a multiple of WIDTH.
-template <int TOKENS, class Query, class Take>
-inline void absorb(Query q, const bf16* w_uk, int64_t N, int64_t C, Take take) {
-    constexpr int VECTORS = 16 / TOKENS;
-    for (int64_t c = 0; c < C; c += VECTORS * WIDTH) {
-        const int vectors = C - c < VECTORS * WIDTH ? (C - c) / WIDTH : VECTORS;
-        Floats acc[TOKENS][VECTORS] = {};
+// The absorbed query of one token and head, q W_UK. W_UK goes by in the order in which it lies. acc: scratch, [C].
+inline void absorb(const bf16* q, const bf16* w_uk, int64_t N, int64_t C, float* acc, bf16* out) {
+    std::memset(acc, 0, C * sizeof(float));
+    for (int64_t n = 0; n < N; ++n) {
+        const float factor = widen(q[n]);
+        for (int64_t c = 0; c < C; c += WIDTH) {
+            const Floats v = load<Floats>(acc + c) + widen(w_uk + n * C + c) * factor;
+            std::memcpy(acc + c, &v, sizeof v);
+        }
+    }
+    for (int64_t c = 0; c < C; c += WIDTH) store(out + c, load<Floats>(acc + c));
+}
+
+// The same of four tokens, whose queries and answers lie `from` and `to` apart: columns of W_UK serve all four.
+inline void absorb_four(const bf16* q, int64_t from, const bf16* w_uk, int64_t N, int64_t C, bf16* out, int64_t to) {
+    constexpr int VECTORS = STEP / WIDTH;
+    for (int64_t c = 0; c < C; c += STEP) {
+        Floats acc[4][VECTORS] = {};
         for (int64_t n = 0; n < N; ++n)
-            for (int v = 0; v < vectors; ++v) {
+            for (int v = 0; v < VECTORS; ++v) {
                 const Floats w = widen(w_uk + n * C + c + v * WIDTH);
-                for (int t = 0; t < TOKENS; ++t) acc[t][v] += w * widen(q(t)[n]);
+                for (int t = 0; t < 4; ++t) acc[t][v] += w * widen(q[t * from + n]);
             }
-        for (int t = 0; t < TOKENS; ++t)
-            for (int v = 0; v < vectors; ++v) take(t, c + v * WIDTH, acc[t][v]);
+        for (int t = 0; t < 4; ++t)
+            for (int v = 0; v < VECTORS; ++v) store(out + t * to + c + v * WIDTH, acc[t][v]);
     }
 }
 
@@ -205,6 +236,7 @@ void attend(bf16* q, Latent latent, const uint8_t* looks, float scale, float* ac
 
 
 constexpr int MAX_EXPERTS = 1024;
+constexpr int ROUND = 256;  // rows whose gates wait for their other half at a time
 
 // Index of the largest, the first among equals; a NaN counts as larger than anything.
 inline int64_t largest(const float* x, int64_t n) {
@@ -222,18 +254,69 @@ int thread() {
 #endif
 }
 
-}  // namespace
-
-extern "C" {
-
-// y [n, O] = x [n, I] w [O, I]^T, the rows of x `stride` apart.
-void linear(const bf16* x, int64_t stride, const bf16* w, bf16* y, int64_t n, int64_t I, int64_t O, int64_t threads) {
+// y [n, O] = x [n, I] w [O, I]^T, the rows of x `stride` apart. scale [O]: what integer weights are multiples of.
+template <class Weight>
+void linear_by(const bf16* x, int64_t stride, const Weight* w, const float* scale, bf16* y, int64_t n, int64_t I,
+               int64_t O, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t o = 0; o < O; o += OUTS)
         outputs<OUTS>(n, [&](int64_t r) { return x + r * stride; }, w + o * I, I, [&](int64_t r, const float* out) {
-            for (int k = 0; k < OUTS; ++k) y[r * O + o + k] = narrow(out[k]);
+            for (int k = 0; k < OUTS; ++k) y[r * O + o + k] = narrow(scale ? out[k] * scale[o + k] : out[k]);
         });
 }
+
+// y [N, D] = down_e (weight * silu(gate_e x) * up_e x) for rows x [N, D] that lie grouped by expert e, counts [E] of each.
+// gate_up [E, 2F, D], gate first; down [E, D, F]; their scales, if any, one for each output. act [N, F] is scratch.
+template <class Weight>
+void experts_by(const bf16* x, const float* weights, const int64_t* counts, const Weight* gate_up,
+                const float* gate_up_scale, const Weight* down, const float* down_scale, bf16* y, bf16* act, int64_t E,
+                int64_t D, int64_t F, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t first = 0;
+        for (int64_t e = 0; e < E; first += counts[e], ++e) {
+            if (!counts[e]) continue;
+            const Weight* gate = gate_up + e * 2 * F * D;
+            const float* scale = gate_up_scale ? gate_up_scale + e * 2 * F : nullptr;
+            const auto row = [&](int64_t r) { return x + (first + r) * D; };
+#pragma omp for schedule(static) nowait
+            for (int64_t f = 0; f < F; f += OUTS) {
+                float gated[ROUND][OUTS];
+                for (int64_t begin = 0; begin < counts[e]; begin += ROUND) {
+                    const int64_t n = counts[e] - begin < ROUND ? counts[e] - begin : ROUND;
+                    const auto of_round = [&](int64_t r) { return row(begin + r); };
+                    outputs<OUTS>(n, of_round, gate + f * D, D, [&](int64_t r, const float* out) {
+                        for (int k = 0; k < OUTS; ++k) gated[r][k] = silu(scale ? out[k] * scale[f + k] : out[k]);
+                    });
+                    outputs<OUTS>(n, of_round, gate + (F + f) * D, D, [&](int64_t r, const float* out) {
+                        const int64_t at = first + begin + r;
+                        for (int k = 0; k < OUTS; ++k) {
+                            const float up = scale ? out[k] * scale[F + f + k] : out[k];
+                            act[at * F + f + k] = narrow(gated[r][k] * up * weights[at]);
+                        }
+                    });
+                }
+            }
+        }
+#pragma omp barrier
+        first = 0;
+        for (int64_t e = 0; e < E; first += counts[e], ++e) {
+            if (!counts[e]) continue;
+            const float* scale = down_scale ? down_scale + e * D : nullptr;
+            const auto row = [&](int64_t r) { return act + (first + r) * F; };
+#pragma omp for schedule(static) nowait
+            for (int64_t d = 0; d < D; d += OUTS)
+                outputs<OUTS>(counts[e], row, down + (e * D + d) * F, F, [&](int64_t r, const float* out) {
+                    for (int k = 0; k < OUTS; ++k)
+                        y[(first + r) * D + d + k] = narrow(scale ? out[k] * scale[d + k] : out[k]);
+                });
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
 
 // The `chosen` experts of each of n tokens by their scores [n, E] plus bias [E] (or null), best first, lower index first
 // among equals; if `groups` is above 1 only of the `kept` groups whose two best scores (best, if `pairs` is 0) add up to
@@ -269,44 +352,24 @@ void select_experts(const float* scores, const float* bias, int64_t* ids, float*
     }
 }
 
-// y [N, D] = down_e (weight * silu(gate_e x) * up_e x) for rows x [N, D] that lie grouped by expert e, counts [E] of each.
-// gate_up [E, 2F, D], gate first; down [E, D, F]; act [N, F] is scratch.
+void linear(const bf16* x, int64_t stride, const bf16* w, bf16* y, int64_t n, int64_t I, int64_t O, int64_t threads) {
+    linear_by(x, stride, w, nullptr, y, n, I, O, threads);
+}
+
+void linear_int8(const bf16* x, int64_t stride, const int8_t* w, const float* scale, bf16* y, int64_t n, int64_t I,
+                 int64_t O, int64_t threads) {
+    linear_by(x, stride, w, scale, y, n, I, O, threads);
+}
+
 void experts(const bf16* x, const float* weights, const int64_t* counts, const bf16* gate_up, const bf16* down, bf16* y,
              bf16* act, int64_t E, int64_t D, int64_t F, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        int64_t first = 0;
-        for (int64_t e = 0; e < E; first += counts[e], ++e) {
-            if (!counts[e]) continue;
-            const bf16* gate = gate_up + e * 2 * F * D;
-#pragma omp for schedule(static) nowait
-            for (int64_t f = 0; f < F; f += OUTS) {
-                float gated[256][OUTS];
-                for (int64_t begin = 0; begin < counts[e]; begin += 256) {
-                    int64_t n = counts[e] - begin < 256 ? counts[e] - begin : 256;
-                    const auto row = [&](int64_t r) { return x + (first + begin + r) * D; };
-                    outputs<OUTS>(n, row, gate + f * D, D, [&](int64_t r, const float* out) {
-                        for (int k = 0; k < OUTS; ++k) gated[r][k] = silu(out[k]);
-                    });
-                    outputs<OUTS>(n, row, gate + (F + f) * D, D, [&](int64_t r, const float* out) {
-                        const int64_t at = first + begin + r;
-                        for (int k = 0; k < OUTS; ++k) act[at * F + f + k] = narrow(gated[r][k] * out[k] * weights[at]);
-                    });
-                }
-            }
-        }
-#pragma omp barrier
-        first = 0;
-        for (int64_t e = 0; e < E; first += counts[e], ++e) {
-            if (!counts[e]) continue;
-            const auto row = [&](int64_t r) { return act + (first + r) * F; };
-#pragma omp for schedule(static) nowait
-            for (int64_t d = 0; d < D; d += OUTS)
-                outputs<OUTS>(counts[e], row, down + (e * D + d) * F, F, [&](int64_t r, const float* out) {
-                    for (int k = 0; k < OUTS; ++k) y[(first + r) * D + d + k] = narrow(out[k]);
-                });
-        }
-    }
+    experts_by(x, weights, counts, gate_up, nullptr, down, nullptr, y, act, E, D, F, threads);
+}
+
+void experts_int8(const bf16* x, const float* weights, const int64_t* counts, const int8_t* gate_up,
+                  const float* gate_up_scale, const int8_t* down, const float* down_scale, bf16* y, bf16* act, int64_t E,
+                  int64_t D, int64_t F, int64_t threads) {
+    experts_by(x, weights, counts, gate_up, gate_up_scale, down, down_scale, y, act, E, D, F, threads);
 }
 
 // y [n, D] = x / sqrt(mean(x^2) + eps) * weight; the rows of x lie `stride` apart.
@@ -346,18 +409,18 @@ void latent_attention(const bf16* nope, int64_t nope_token, int64_t nope_head, c
     const int64_t X = C + R, tokens = B * S;
 #pragma omp parallel num_threads(threads)
     {
+        float* own = scratch + thread() * 8 * C;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t h = 0; h < H; ++h)
             for (int64_t first = 0; first < tokens; first += 4) {
                 const bf16* w_uk = up + h * (N + V) * C;
-                const auto q = [=](int64_t t) { return nope + (first + t) * nope_token + h * nope_head; };
-                const auto take = [=](int64_t t, int64_t c, Floats v) { store(queries + ((first + t) * H + h) * X + c, v); };
+                const bf16* q = nope + first * nope_token + h * nope_head;
+                bf16* out = queries + (first * H + h) * X;
                 if (tokens - first >= 4)
-                    absorb<4>(q, w_uk, N, C, take);
+                    absorb_four(q, nope_token, w_uk, N, C, out, H * X);
                 else
                     for (int64_t t = 0; t < tokens - first; ++t)
-                        absorb<1>([=](int64_t) { return q(t); }, w_uk, N, C,
-                                  [=](int64_t, int64_t c, Floats v) { take(t, c, v); });
+                        absorb(q + t * nope_token, w_uk, N, C, own, out + t * H * X);
             }
 #pragma omp for collapse(2) schedule(static)
         for (int64_t t = 0; t < tokens; ++t)
@@ -375,7 +438,6 @@ void latent_attention(const bf16* nope, int64_t nope_token, int64_t nope_head, c
                 int64_t visible = T - S + t % S + 1;
                 if (looks)
                     for (visible = T; visible > 1 && !looks[visible - 1];) --visible;
-                float* own = scratch + thread() * 8 * C;
                 bf16* q = queries + (t * H + h) * X;
                 int64_t left = H - h < group ? H - h : group;
                 for (; left >= 8; left -= 8, q += 8 * X) attend<8>(q, latent, looks, scale, own, visible, C, X);

@@ -34,8 +34,10 @@ _ARGUMENTS = {  # of each kernel: pointers, integers, floats
     "rms_norm": "pippiif",
     "rotate": "piipppiii",
     "linear": "pippiiii",
+    "linear_int8": "pipppiiii",
     "select_experts": "ppppiiiiiiif",
     "experts": "pppppppiiii",
+    "experts_int8": "pppppppppiiii",
     "latent_attention": "piipiipipppfpppiiiiiiiii",
 }
 _STEP = 32  # inputs that a dot product takes at a time
@@ -129,17 +131,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     return out
 
 
-def linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor | None:
-    """x W^T, [N, O], or None if the kernel does not take these."""
-    if not usable(x_NI, weight_OI) or x_NI.stride(1) != 1 or not weight_OI.is_contiguous():
+def linear(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor | None = None) -> Tensor | None:
+    """x W^T, [N, O], or None if the kernel does not take these. An int8 weight has a scale, FP32, for each output."""
+    if not (usable(x_NI) and takes_linear(weight_OI)) or x_NI.stride(1) != 1:
         return None
     num_outputs, num_inputs = weight_OI.shape
-    if num_inputs % _STEP or num_outputs % _OUTS:
-        return None
     out = x_NI.new_empty(len(x_NI), num_outputs)
-    sizes = (len(x_NI), num_inputs, num_outputs, torch.get_num_threads())
-    _library().linear(x_NI.data_ptr(), x_NI.stride(0), weight_OI.data_ptr(), out.data_ptr(), *sizes)
+    x, sizes = (x_NI.data_ptr(), x_NI.stride(0)), (len(x_NI), num_inputs, num_outputs, torch.get_num_threads())
+    if scale_O is None:
+        _library().linear(*x, weight_OI.data_ptr(), out.data_ptr(), *sizes)
+    else:
+        _library().linear_int8(*x, weight_OI.data_ptr(), scale_O.data_ptr(), out.data_ptr(), *sizes)
     return out
+
+
+def takes_linear(weight_OI: Tensor) -> bool:
+    """Whether there is a kernel for maps with such weights, BF16 or int8."""
+    num_outputs, num_inputs = weight_OI.shape
+    return _takes_weights(weight_OI) and not (num_inputs % _STEP or num_outputs % _OUTS)
+
+
+def _takes_weights(weight: Tensor) -> bool:
+    if weight.dtype not in (torch.bfloat16, torch.int8) or not weight.is_cpu or not weight.is_contiguous():
+        return False
+    return library() is not None
 
 
 def select_experts(
@@ -171,23 +186,35 @@ def select_experts(
     return ids_TK, weights_TK
 
 
-def experts(x_ND: Tensor, weights_N: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor | None:
-    """`ops.experts.reference_grouped_swiglu`, or None if the kernel does not take these."""
+def experts(
+    x_ND: Tensor,
+    weights_N: Tensor,
+    counts_E: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
+    """`ops.experts.reference_grouped_swiglu`, or None if the kernel does not take these.
+
+    scales: of int8 weights, FP32, [E, G] and [E, D].
+    """
     E, D, F = down_EDF.shape
-    if not (usable(x_ND, gate_up_EGD) and takes_experts(down_EDF)):
+    if not (usable(x_ND) and takes_experts(down_EDF)):
         return None
     x_ND, weights_N, counts_E = x_ND.contiguous(), weights_N.float().contiguous(), counts_E.contiguous()
     out, act = torch.empty_like(x_ND), x_ND.new_empty(len(x_ND), F)
-    tensors = (x_ND, weights_N, counts_E, gate_up_EGD, down_EDF, out, act)
-    _library().experts(*(x.data_ptr() for x in tensors), E, D, F, torch.get_num_threads())
+    rows, sizes = (x_ND, weights_N, counts_E), (E, D, F, torch.get_num_threads())
+    if scales is None:
+        _library().experts(*(x.data_ptr() for x in (*rows, gate_up_EGD, down_EDF, out, act)), *sizes)
+    else:
+        maps = (gate_up_EGD, scales[0], down_EDF, scales[1])
+        _library().experts_int8(*(x.data_ptr() for x in (*rows, *maps, out, act)), *sizes)
     return out
 
 
 def takes_experts(down_EDF: Tensor) -> bool:
-    """Whether there is a kernel for experts with such weights."""
-    D, F = down_EDF.shape[1:]
-    on_cpu = down_EDF.is_cpu and down_EDF.dtype == torch.bfloat16
-    return on_cpu and not (D % _STEP or F % _STEP) and library() is not None
+    """Whether there is a kernel for experts with such weights, BF16 or int8."""
+    return _takes_weights(down_EDF) and not any(size % _STEP for size in down_EDF.shape[1:])
 
 
 def latent_attention(

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3 import compat
+from dsv3.ops import native
 from dsv3.ops.packed import LinearWeight
 
 GROUP = 32
+_ONE_OR_TWO = 2  # rows for which our own kernel is faster than torch's
 _FEW_ROWS = 12  # where multiplying by int8 directly is no longer faster than turning them into BF16 first
 _PIECE = 2**19  # weights that are brought into another form at a time: they stay in the cache
 
@@ -77,8 +79,18 @@ class Int8Weight(QuantizedWeight):
     """int8, one scale for each output."""
 
     def __init__(self, weight_OI: Tensor) -> None:
-        self._q_OI, scale_O1 = quantize_rows(weight_OI, weight_OI.dtype)
-        self._scale_O = scale_O1.squeeze(1)
+        self._set(*quantize_rows(weight_OI, weight_OI.dtype))
+
+    @classmethod
+    def of(cls, q_OI: Tensor, scale_O1: Tensor) -> Int8Weight:
+        """Of what `quantize_rows` gives; `q_OI` is not copied."""
+        weight = cls.__new__(cls)
+        weight._set(q_OI, scale_O1)
+        return weight
+
+    def _set(self, q_OI: Tensor, scale_O1: Tensor) -> None:
+        self._q_OI, self._scale_O = q_OI, scale_O1.squeeze(1)
+        self._wide_scale_O = self._scale_O.float()
 
     @staticmethod
     def available() -> bool:
@@ -89,6 +101,10 @@ class Int8Weight(QuantizedWeight):
         return num_inputs % 16 == 0
 
     def multiply(self, x_NI: Tensor) -> Tensor:
+        if len(x_NI) <= _ONE_OR_TWO:
+            fast = native.linear(x_NI, self._q_OI, self._wide_scale_O)
+            if fast is not None:
+                return fast
         if len(x_NI) <= _FEW_ROWS:
             return compat.int8_weight_linear(x_NI, self._q_OI, self._scale_O)
         size = max(1, _PIECE // x_NI.shape[1])

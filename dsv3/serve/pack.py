@@ -1,9 +1,8 @@
-"""A model's weights packed for decoding on a CPU (`ops.packed`), quantised if asked (`ops.quantized`)."""
+"""A model's weights packed for inference on a CPU (`ops.packed`), quantised if asked (`ops.quantized`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,9 @@ from dsv3.model.experts import Experts
 from dsv3.model.mla import LatentUpProjection
 from dsv3.model.transformer import Transformer
 from dsv3.ops import native
+from dsv3.ops.experts import few_rows
 from dsv3.ops.packed import LinearWeight, PackedWeight, can_pack, packed_grouped_swiglu
-from dsv3.ops.quantized import Int4Weight, Int8DynamicWeight, Int8Weight, QuantizedWeight
+from dsv3.ops.quantized import Int4Weight, Int8DynamicWeight, Int8Weight, QuantizedWeight, quantize_rows
 from dsv3.serve.engine_config import Quantization
 
 Pack = Callable[[Tensor], LinearWeight]
@@ -58,6 +58,27 @@ class PackedExperts(nn.Module):
         return packed_grouped_swiglu(rows_ND, weights_N, counts_E, self._gate_up, self._down)
 
 
+class Int8Experts(nn.Module):
+    """Routed experts in int8, for our own kernel."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        dtype = experts.down_proj.dtype
+        self._gate_up_EGD, gate_up_scale_EG1 = quantize_rows(experts.gate_up_proj.detach(), dtype)
+        self._down_EDF, down_scale_ED1 = quantize_rows(experts.down_proj.detach(), dtype)
+        self._scales = (gate_up_scale_EG1.float(), down_scale_ED1.float())
+        self._gate_up = list(map(Int8Weight.of, self._gate_up_EGD, gate_up_scale_EG1))
+        self._down = list(map(Int8Weight.of, self._down_EDF, down_scale_ED1))
+
+    def forward(self, rows_ND: Tensor, weights_N: Tensor, counts_E: Tensor) -> Tensor:
+        if few_rows(rows_ND, counts_E):
+            maps = (self._gate_up_EGD, self._down_EDF, self._scales)
+            fast = native.experts(rows_ND, weights_N, counts_E, *maps)
+            if fast is not None:
+                return fast
+        return packed_grouped_swiglu(rows_ND, weights_N, counts_E, self._gate_up, self._down)
+
+
 # What the head's weight becomes, and those of all other maps.
 _KINDS: dict[str, tuple[type[QuantizedWeight], type[QuantizedWeight]]] = {
     "int8": (Int8Weight, Int8Weight),
@@ -81,29 +102,33 @@ def pack_weights(model: Transformer, quantization: Quantization = "none") -> boo
     if not can_pack(model.lm_head.weight):
         return False
     model.lm_head = PackedLinear(model.lm_head, pack_head)  # type: ignore[assignment]
-    _pack_children(model, pack, keep_experts=quantization == "none")
+    _pack_children(model, pack, lambda experts: _pack_experts(experts, pack, quantization))
     return True
 
 
-def _pack_children(module: nn.Module, pack: Pack, *, keep_experts: bool) -> None:
-    """Depth first, and no list of all modules: it would keep every weight until the last is packed.
-
-    keep_experts: where our own kernel takes them as they are.
-    """
+def _pack_children(module: nn.Module, pack: Pack, pack_experts: Callable[[Experts], nn.Module]) -> None:
+    """Depth first, and no list of all modules: it would keep every weight until the last is packed."""
     for name, child in module.named_children():
         if type(child) is nn.Linear:
             setattr(module, name, PackedLinear(child, pack))
         elif type(child) is LatentUpProjection:
             setattr(module, name, PackedUpProjection(child))
-        elif type(child) is Experts and not (keep_experts and native.takes_experts(child.down_proj)):
-            setattr(module, name, PackedExperts(child, pack))
+        elif type(child) is Experts:
+            setattr(module, name, pack_experts(child))
         else:
-            _pack_children(child, pack, keep_experts=keep_experts)
+            _pack_children(child, pack, pack_experts)
+
+
+def _pack_experts(experts: Experts, pack: Pack, quantization: Quantization) -> nn.Module:
+    """Where our own kernel takes experts they stay stacked, and in BF16 as they are."""
+    if quantization in ("none", "int8") and native.takes_experts(experts.down_proj):
+        return experts if quantization == "none" else Int8Experts(experts)
+    return PackedExperts(experts, pack)
 
 
 def _packers(model: Transformer, quantization: Quantization) -> tuple[Pack, Pack]:
     if quantization == "none":
-        return PackedWeight, partial(PackedWeight, few_rows=True)
+        return PackedWeight, PackedWeight
     if quantization not in _KINDS:
         raise UserError(f"quantization is '{quantization}', expected none, {', '.join(_KINDS)}")
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:

@@ -15,6 +15,7 @@ from dsv3.ops import native
 from dsv3.ops.attention import absorbed_attention
 from dsv3.ops.experts import reference_grouped_swiglu
 from dsv3.ops.latents import Latents
+from dsv3.ops.quantized import quantize_rows
 from dsv3.ops.rms_norm import reference_rms_norm
 from tests.variants import BASE
 
@@ -80,6 +81,23 @@ def test_experts(counts, generator):
         alone = torch.nn.functional.one_hot(expert[row], E)
         one = native.experts(x[row : row + 1], weights[row : row + 1], alone, gate_up, down)
         assert torch.equal(one, out[row : row + 1])
+
+
+def test_int8(generator):
+    """The product with the weight that integers and scales stand for."""
+    E, D, F, counts_E = 3, 64, 32, torch.tensor([2, 0, 5])
+    x, weights = random(7, D, generator=generator), torch.rand(7, generator=generator)
+    gate_up, down = (random(*shape, generator=generator) for shape in ((E, 2 * F, D), (E, D, F)))
+    (q_gate_up, s_gate_up), (q_down, s_down) = quantize_rows(gate_up), quantize_rows(down)
+    out = native.linear(x, q_gate_up[1], s_gate_up[1].squeeze(1))
+    assert_close(out, x.double() @ (q_gate_up[1] * s_gate_up[1].double()).T)
+    for row in range(7):
+        assert torch.equal(native.linear(x[row : row + 1], q_gate_up[1], s_gate_up[1].squeeze(1)), out[row : row + 1])
+    out = native.experts(x, weights, counts_E, q_gate_up, q_down, (s_gate_up, s_down))
+    exact = reference_grouped_swiglu(
+        x.double(), weights.double(), counts_E, q_gate_up * s_gate_up.double(), q_down * s_down.double()
+    )
+    assert_close(out, exact)
 
 
 @pytest.mark.parametrize("H", [1, 5, 13])
