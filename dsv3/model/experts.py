@@ -7,6 +7,7 @@ F expert width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -86,8 +87,9 @@ class LocalDispatcher:
         places_TK = torch.empty_like(order_N).index_copy_(0, order_N, rows_N).view(T, K)
         weights_TK = routing.weights_TK
         weights_N = weights_TK.new_zeros(tokens_N.shape).scatter(0, places_TK.flatten(), weights_TK.flatten())
-        rows_ND = recomputed(gather_rows, x_TD, tokens_N, places_TK)
-        return Dispatched(rows_ND, weights_N, counts_E, tokens_N, places_TK)
+        # With one choice per token (rows from other ranks) there are as many rows as tokens: no memory to be saved.
+        gather = partial(recomputed, gather_rows) if K > 1 else gather_rows
+        return Dispatched(gather(x_TD, tokens_N, places_TK), weights_N, counts_E, tokens_N, places_TK)
 
     def combine(self, rows_ND: Tensor, dispatched: Dispatched) -> Tensor:
         return sum_rows(rows_ND, dispatched.tokens_N, dispatched.places_TK)

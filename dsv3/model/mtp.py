@@ -29,13 +29,18 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(D, config.rms_norm_eps)
 
     def forward(self, hidden_BSD: Tensor, embedding_BSD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
-        """hidden: depth k-1's, after its final norm; embedding: of the token k places on. Returns the same of depth k.
+        """hidden: depth k-1's, after its final norm; embedding: of the token k places on. Returns depth k's hidden."""
+        h_BSD, routing = self.block(self.merge(hidden_BSD, embedding_BSD), context)
+        return self.norm(h_BSD), routing
+
+    def merge(self, hidden_BSD: Tensor, embedding_BSD: Tensor) -> Tensor:
+        """What enters the block.
 
         The released `eh_proj` expects the embedding *first*, the reverse of the order printed in eq. 21.
         """
-        joined = recomputed(_join, self.enorm(embedding_BSD), self.hnorm(hidden_BSD))
-        h_BSD, routing = self.block(self.eh_proj(joined), context)
-        return self.norm(h_BSD), routing
+        joined: Tensor = recomputed(_join, self.enorm(embedding_BSD), self.hnorm(hidden_BSD))
+        out_BSD: Tensor = self.eh_proj(joined)
+        return out_BSD
 
 
 def _join(embedding_BSD: Tensor, hidden_BSD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows from rank to rank: an all-to-all with uneven splits, as an autograd function.
+"""Rows from rank to rank: an all-to-all with uneven splits, started here and waited for later.
 
 What travels is said by a `Wire`, one for each direction: a dispatch (of tokens, and in the backward pass of the
 gradients of answers) and a combine (of answers, and of the gradients of tokens). The report sends the first in FP8
@@ -9,7 +9,7 @@ Shapes: N rows sent, D model, R ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -41,21 +41,62 @@ class PlainWire:
 
 
 @dataclass(frozen=True)
-class AllToAll:
-    """Sends each rank its rows. `dispatch_wire` and `combine_wire`: the encoding of either direction."""
+class Wires:
+    """The encoding of either direction."""
 
-    dispatch_wire: Wire = PlainWire()
-    combine_wire: Wire = PlainWire()
+    dispatch: Wire = PlainWire()
+    combine: Wire = PlainWire()
 
-    def dispatch(self, rows_ND: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
-        """The first send[0] rows go to the axis's first rank and so on; returns what came, in the order of ranks."""
-        out: Tensor = _Exchange.apply(rows_ND, send, receive, axis, self.dispatch_wire, self.combine_wire)
-        return out
 
-    def combine(self, rows_ND: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
-        """The same on the way back."""
-        out: Tensor = _Exchange.apply(rows_ND, send, receive, axis, self.combine_wire, self.dispatch_wire)
-        return out
+@dataclass(frozen=True)
+class RowExchange:
+    """The first send[0] rows go to the axis's first rank and so on; what comes lies in the order of ranks.
+
+    An `Exchange` (`dsv3.parallel.pieces`). A rank that has nothing to send and nothing to receive takes part.
+    """
+
+    axis: Axis
+    send: list[int]  # rows to each rank
+    receive: list[int]  # rows from each rank
+    wire: Wire = PlainWire()
+    wire_back: Wire = PlainWire()
+
+    def start(self, x: Tensor) -> _RowsUnderWay:
+        """Begin to send the rows of x [N, ...]."""
+        sent = [part.contiguous() for part in self.wire.pack(x)]
+        arriving = tuple(part.new_empty(sum(self.receive), *part.shape[1:]) for part in sent)
+        works = [
+            dist.all_to_all_single(out, part, self.receive, self.send, group=self.axis.group, async_op=True)
+            for out, part in zip(arriving, sent, strict=True)
+        ]
+        return _RowsUnderWay(works, sent, arriving, self.wire, x.dtype)
+
+    def transposed(self) -> RowExchange:
+        """The rows' way back."""
+        return replace(self, send=self.receive, receive=self.send, wire=self.wire_back, wire_back=self.wire)
+
+    def plain(self) -> RowExchange:
+        """The same for rows that are sent as they are: weights, indices."""
+        return replace(self, wire=PlainWire(), wire_back=PlainWire())
+
+
+@dataclass
+class _RowsUnderWay:
+    works: list[dist.Work]
+    sent: list[Tensor]
+    arriving: tuple[Tensor, ...]
+    wire: Wire
+    dtype: torch.dtype
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+        # Until now nobody else may have this memory. From now on all may: on a GPU `Work.wait` makes the current
+        # stream, to which the allocator gives it back, come after the collective's.
+        self.sent.clear()
+
+    def arrived(self) -> Tensor:
+        return self.wire.unpack(self.arriving, self.dtype)
 
 
 def exchange_counts(counts_RX: Tensor, axis: Axis) -> Tensor:
@@ -63,26 +104,6 @@ def exchange_counts(counts_RX: Tensor, axis: Axis) -> Tensor:
     received_RX = torch.empty_like(counts_RX)
     dist.all_to_all_single(received_RX, counts_RX.contiguous(), group=axis.group)
     return received_RX
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_ND, send, receive, axis, wire, wire_back):  # type: ignore[no-untyped-def]
-        ctx.rest = (receive, send, axis, wire_back)
-        return _travel(rows_ND, send, receive, axis, wire)
-
-    @staticmethod
-    def backward(ctx, grad_ND):  # type: ignore[no-untyped-def]
-        return _travel(grad_ND, *ctx.rest), None, None, None, None, None
-
-
-def _travel(rows_ND: Tensor, send: list[int], receive: list[int], axis: Axis, wire: Wire) -> Tensor:
-    arrived = []
-    for part in wire.pack(rows_ND):
-        out = part.new_empty(sum(receive), *part.shape[1:])
-        dist.all_to_all_single(out, part.contiguous(), receive, send, group=axis.group)
-        arrived.append(out)
-    return wire.unpack(tuple(arrived), rows_ND.dtype)
 
 
 def all_gather_flat(mine_N: Tensor, axis: Axis) -> Tensor:

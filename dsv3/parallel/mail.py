@@ -1,8 +1,12 @@
 """What travels between the stages of a pipeline, and over which process groups.
 
 Who sends what to whom in which order is known before the step. So receivers post their buffers in the order of the
-sender, and no size and no tag is negotiated. Two groups, one per direction, keep messages that cross from waiting for
-each other.
+sender, and no size and no tag is negotiated.
+
+Every link, a sender and a receiver, has a group of its own. With NCCL (and the communicators that torch makes at once
+when it knows the device) the messages of a group go one after another in the order in which a rank asked for them,
+those to and from other ranks too, and a message occupies both its ends until it is over. In a group of the pipeline,
+even in one per direction, ZBV and DualPipe on four ranks would come to wait in a circle.
 """
 
 from __future__ import annotations
@@ -23,40 +27,38 @@ Message = tuple[str, int, int]
 
 
 class Groups:
-    """Process groups within the pipeline: one per direction, and one for each set of ranks that share parameters."""
+    """Process groups within the pipeline: one per link, and one for each set of ranks that share parameters."""
 
-    def __init__(self, mesh: Mesh, shared: Iterable[tuple[int, ...]]) -> None:
+    def __init__(self, mesh: Mesh, links: Iterable[tuple[int, int]], shared: Iterable[tuple[int, ...]]) -> None:
         self.axis = mesh.pp
-        self.down, self.up = mesh.pp.group, None
+        self._links: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._shared: dict[tuple[int, ...], dist.ProcessGroup] = {}
         # All processes make the groups of all pipelines, in one order, as torch demands.
-        for ranks in axis_lines(mesh.layout, 1)["pp"] if mesh.pp.size > 1 else ():
-            for indices in (None, *sorted(shared)):
-                members = ranks if indices is None else [ranks[i] for i in indices]
-                group = dist.new_group(list(members))
-                if mesh.rank not in members:
-                    continue
-                if indices is None:
-                    self.up = group
-                else:
-                    self._shared[indices] = group
+        wanted = [(self._links, link) for link in sorted(links)] + [(self._shared, ranks) for ranks in sorted(shared)]
+        for line in axis_lines(mesh.layout, 1)["pp"] if mesh.pp.size > 1 else ():
+            for groups, indices in wanted:
+                members = [line[i] for i in indices]
+                group = dist.new_group(members, timeout=mesh.timeout)
+                if mesh.rank in members:
+                    groups[indices] = group
+        self._open(mesh.device)
 
-    def open(self, links: Iterable[tuple[int, int]], device: torch.device) -> None:
+    def _open(self, device: torch.device) -> None:
         """Send a first message over each link, in one order for all ranks.
 
-        NCCL connects two ranks at their first message, and until then both wait: in the order of a schedule each might
-        wait for another.
+        Where NCCL connects two ranks only at their first message, both wait for each other then: in the order of a
+        schedule each might wait for another.
         """
-        for source, target in links:
-            group, empty = self.towards(source, target), torch.zeros(1, device=device)
+        for (source, target), group in sorted(self._links.items()):
+            empty = torch.zeros(1, device=device)
             if self.axis.index == source:
                 dist.send(empty, self.axis.ranks[target], group=group)
-            elif self.axis.index == target:
+            else:
                 dist.recv(empty, self.axis.ranks[source], group=group)
 
-    def towards(self, source: int, target: int) -> dist.ProcessGroup | None:
-        """The group for messages in this direction."""
-        return self.down if source < target else self.up
+    def towards(self, source: int, target: int) -> dist.ProcessGroup:
+        """The group for messages of this link."""
+        return self._links[source, target]
 
     def of(self, indices: tuple[int, ...]) -> dist.ProcessGroup | None:
         """The group of ranks that share something; None where nothing is shared."""
@@ -64,9 +66,8 @@ class Groups:
 
     def close(self) -> None:
         """Give back the groups made here."""
-        for group in (self.up, *self._shared.values()):
-            if group is not None:
-                dist.destroy_process_group(group)
+        for group in (*self._links.values(), *self._shared.values()):
+            dist.destroy_process_group(group)
 
 
 class Mail:

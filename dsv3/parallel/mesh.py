@@ -106,6 +106,7 @@ class Mesh:
     expert_shard: Axis = ALONE
     host: Axis = ALONE  # the world once more, for tensors in CPU memory
     background: Axis = ALONE  # and again, for a background thread: a group serves one thread only
+    timeout: datetime.timedelta | None = None  # of every group; None: torch's own
 
     @property
     def is_first(self) -> bool:
@@ -139,7 +140,7 @@ def connect(
         raise UserError(f"device is '{device.type}', which cannot run in several processes: choose cpu or cuda")
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = _own_gpu(int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
@@ -193,6 +194,15 @@ def axis_lines(layout: Layout, node_size: int) -> dict[str, list[tuple[int, ...]
     }
 
 
+def _own_gpu(local_rank: int) -> torch.device:
+    if local_rank >= (found := torch.cuda.device_count()):
+        raise UserError(
+            f"this node has {found} GPU{'s' * (found != 1)}, but process {local_rank} of it was started, expected one "
+            f"process per GPU: start {found} per node (torchrun --nproc-per-node)"
+        )
+    return torch.device("cuda", local_rank)
+
+
 def _lines(ranks: torch.Tensor) -> list[tuple[int, ...]]:
     return [tuple(line.tolist()) for line in ranks.reshape(-1, ranks.shape[-1])]
 
@@ -203,7 +213,7 @@ def _lay_out(layout: Layout, rank: int, device: torch.device, node_size: int, ti
     axes = {name: _own_axis(lines, rank, make) for name, lines in axis_lines(layout, node_size).items()}
     world = axes["world"].ranks
     host, background = (Axis(world, rank, dist.new_group(world, timeout=timeout, backend="gloo")) for _ in range(2))
-    return Mesh(layout, rank, device, host=host, background=background, **axes)
+    return Mesh(layout, rank, device, host=host, background=background, timeout=timeout, **axes)
 
 
 def _group_maker(timeout: datetime.timedelta) -> Callable[[tuple[int, ...]], dist.ProcessGroup | None]:

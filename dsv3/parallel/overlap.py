@@ -13,26 +13,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
 from dsv3.model.block import Block
 from dsv3.model.context import Context
-from dsv3.model.experts import DeepSeekMoE, Dispatched
+from dsv3.model.experts import DeepSeekMoE
 from dsv3.model.router import Routing
-from dsv3.parallel.tape import Chunk, Tape, Transfers
-
-
-@runtime_checkable
-class CutDispatcher(Protocol):
-    """A dispatcher that can stop where its rows travel."""
-
-    def dispatch_on(self, tape: Tape, x_TD: Tensor, routing: Routing) -> Chunk[tuple[Any, Dispatched]]:
-        """`dispatch` in pieces on a tape; also what `combine_on` wants to have back."""
-
-    def combine_on(self, tape: Tape, rows_ND: Tensor, way: tuple[Any, Dispatched]) -> Chunk[Tensor]:
-        """`combine` in pieces on a tape."""
+from dsv3.parallel.expert import CutDispatcher
+from dsv3.parallel.pieces import Chunk, Transfers
+from dsv3.parallel.tape import Tape
 
 
 def interleave(chunks: Sequence[Chunk[Any]]) -> list[Any]:
@@ -53,16 +44,18 @@ def interleave(chunks: Sequence[Chunk[Any]]) -> list[Any]:
     return results
 
 
-def block_in_stages(block: Block, tape: Tape, h_BSD: Tensor, context: Context) -> Chunk[tuple[Tensor, Routing | None]]:
-    """`Block.forward` on a tape, cut where it communicates."""
-    if not isinstance(block.mlp, DeepSeekMoE) or not isinstance(block.mlp.dispatcher, CutDispatcher):
+def block_on(
+    tape: Tape, block: Block, h_BSD: Tensor, context: Context, *, in_stages: bool
+) -> Chunk[tuple[Tensor, Routing | None]]:
+    """`Block.forward` on a tape: whole, or `in_stages`, cut where it communicates."""
+    dispatcher = block.mlp.dispatcher if isinstance(block.mlp, DeepSeekMoE) else None
+    if not in_stages or not isinstance(dispatcher, CutDispatcher):
         return tape.run_block(block, h_BSD, context)
-    dispatcher = block.mlp.dispatcher
     attended = tape.run_block(block.attend_and_route, h_BSD, context)
     assert attended.routing is not None
     x_TD = tape.run(Tensor.flatten, attended.x_BSD, 0, 1)
-    way = yield from dispatcher.dispatch_on(tape, x_TD, attended.routing)
-    rows_ND, local_BSD = tape.run_block(block.run_experts, attended, way[1])
+    dispatched = yield from dispatcher.dispatch_on(tape, x_TD, attended.routing)
+    rows_ND, local_BSD = tape.run_block(block.run_experts, attended, dispatched)
     assert rows_ND is not None
-    routed_TD = yield from dispatcher.combine_on(tape, rows_ND, way)
+    routed_TD = yield from dispatcher.combine_on(tape, rows_ND, dispatched)
     return tape.run(block.aggregate, attended, local_BSD, routed_TD), attended.routing

@@ -32,6 +32,7 @@ from dsv3.parallel.layout import StagePart
 from dsv3.parallel.mail import Groups, Mail, Message, links
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.overlap import interleave
+from dsv3.parallel.pieces import Chunk, drain
 from dsv3.parallel.stages import (
     Loss,
     RankModel,
@@ -41,7 +42,7 @@ from dsv3.parallel.stages import (
     module_names,
     payload_positions,
 )
-from dsv3.parallel.tape import Chunk, Tape, drain, map_tensors
+from dsv3.parallel.tape import Tape, map_tensors, slot_of
 from dsv3.plan.pipeline import Span
 from dsv3.plan.schedules import Op, OverlappedPair, Schedule, make_schedule
 
@@ -86,8 +87,8 @@ class Pipeline:
         self._ranks = [[self.parts[stage] for stage in stages] for stages in sample.stages]
         self.model = RankModel(model, self._ranks[axis.index])
         self._stages = {stage: Stage(self.model, self.parts[stage]) for stage in sample.stages[axis.index]}
-        self._groups = Groups(mesh, {h for h in map(self.holders, module_names(model)) if len(h) > 1})
-        self._groups.open(links(sample), mesh.device)
+        shared = {h for h in map(self.holders, module_names(model)) if len(h) > 1}
+        self._groups = Groups(mesh, links(sample), shared)
 
     def schedule(self, num_chunks: int) -> Schedule:
         """What the ranks do in a step of `num_chunks` micro-batches; `UserError` if the method cannot run as many."""
@@ -196,7 +197,7 @@ class Pipeline:
         )
         return self._stages[op.stage].forward(
             Tape(self.recompute),
-            None if arrived is None else arrived.requires_grad_(),
+            arrived,
             inputs.tokens_BS,
             context,
             lambda hiddens, head_VD: work.loss(hiddens, head_VD, op.micro_batch),
@@ -264,9 +265,9 @@ def _backward(op: Op, gradient: Tensor | None, passes: dict[tuple[int, int], Sta
     if op.kind == "W":
         forward.tape.backward_weights()
         return None
-    forward.output.grad = torch.ones_like(forward.output) if gradient is None else gradient
+    slot_of(forward.output).add(torch.ones_like(forward.output) if gradient is None else gradient)
     yield from forward.tape.backward(split=op.kind == "I")
-    return None if forward.arrived is None else forward.arrived.grad
+    return None if forward.arrived is None else slot_of(forward.arrived).grad
 
 
 def _synchronize(like: Tensor) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
 
 @dataclass
@@ -43,29 +43,25 @@ class _Gate:
 
 
 def backward_input(
-    outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> Callable[[], None]:
-    """Add the gradients of `inputs` (leaves) to their `.grad`. The function returned does so for the parameters.
+    outputs: Sequence[GradientEdge], gradients: Sequence[Tensor], inputs: Sequence[GradientEdge]
+) -> tuple[Sequence[Tensor | None], Callable[[], None]]:
+    """The gradients of `inputs`, None where there is none, and a function that adds those of the parameters.
 
     It may be called once. Until then the graph stays alive.
     """
-    roots = [get_gradient_edge(output) for output in outputs]
-    gates, on_path = _gates([root.node for root in roots], [get_gradient_edge(x).node for x in inputs])
-    aside = [pair for pair in zip(roots, gradients, strict=True) if pair[0].node not in on_path]
-    ahead = [pair for pair in zip(roots, gradients, strict=True) if pair[0].node in on_path]
+    gates, on_path = _gates([output.node for output in outputs], [x.node for x in inputs])
+    aside = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].node not in on_path]
+    ahead = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].node in on_path]
     uses = Counter(edge for gate in gates for edge in gate.edges)
     later = [gate.keep(lambda edge: uses[edge] == 1) for gate in gates if not isinstance(gate.node, BackwardCFunction)]
     at_once = list(uses.keys() - {edge for gate in later for edge in gate.edges})
+    found: Sequence[Tensor | None] = [None] * len(inputs)
     if ahead:
         handles = [gate.node.register_prehook(_remember(gate)) for gate in later]
-        targets = [*map(get_gradient_edge, inputs), *at_once]
         edges, grads = zip(*ahead, strict=True)
-        found = torch.autograd.grad(edges, targets, grads, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(edges, [*inputs, *at_once], grads, retain_graph=True, allow_unused=True)
         for handle in handles:
             handle.remove()
-        for x, gradient in zip(inputs, found, strict=False):
-            if gradient is not None:
-                x.grad = gradient if x.grad is None else x.grad + gradient
         _into_parameters(at_once, found[len(inputs) :])
 
     def finish() -> None:
@@ -73,7 +69,7 @@ def backward_input(
             gate.finish()
         _into_parameters([edge for edge, _ in aside], [gradient for _, gradient in aside])
 
-    return finish
+    return found[: len(inputs)], finish
 
 
 def _into_parameters(edges: Sequence[GradientEdge], gradients: Sequence[Tensor | None]) -> None:

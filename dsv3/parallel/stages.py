@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from dsv3.model.block import Block
 from dsv3.model.context import Context
+from dsv3.model.mtp import MTPModule
 from dsv3.model.router import Routing
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.layout import StagePart
-from dsv3.parallel.overlap import block_in_stages
-from dsv3.parallel.tape import Chunk, Tape
+from dsv3.parallel.overlap import block_on
+from dsv3.parallel.pieces import Chunk
+from dsv3.parallel.tape import Tape
 
 Loss = Callable[[tuple[Tensor, ...], Tensor, int], Tensor]
 """(hidden states of depth k = 0, 1, .., [B, S-k, D]; the head's weight [V, D]; the micro-batch's number) -> scalar."""
@@ -63,10 +65,13 @@ def holders(name: str, ranks: Sequence[Sequence[StagePart]]) -> tuple[int, ...]:
 
 @dataclass
 class StagePass:
-    """One micro-batch's forward through one stage: where it came in, where it goes out, and the tape between."""
+    """One micro-batch's forward through one stage: where it came in, where it goes out, and the tape between.
+
+    The gradients of both are in the tape's slots (`slot_of`).
+    """
 
     tape: Tape
-    arrived: Tensor | None  # [B, P, D], a leaf; None in the stage with the embedding
+    arrived: Tensor | None  # [B, P, D]; None in the stage with the embedding
     output: Tensor  # [B, P', D] to the next stage, or the loss
     routings: dict[str, Routing]
 
@@ -95,6 +100,7 @@ class Stage:
             hiddens: tuple[Tensor, ...] = (tape.run(_part(model.embed_tokens), tokens_BS),)
         else:
             assert arrived is not None
+            arrived = tape.enter(arrived)
             hiddens = (arrived,)
             if mtp and part.mtp.start:
                 lengths = [max(S - k, 0) for k in range(part.mtp.start + 1)]
@@ -102,17 +108,14 @@ class Stage:
         for i in part.layers:
             block = model.layers[str(i)]
             assert isinstance(block, Block)
-            if in_stages:
-                h_BSD, routing = yield from block_in_stages(block, tape, hiddens[0], context)
-            else:
-                h_BSD, routing = tape.run_block(block, hiddens[0], context)
+            h_BSD, routing = yield from block_on(tape, block, hiddens[0], context, in_stages=in_stages)
             hiddens = (h_BSD,)
             if routing is not None:
                 routings[f"layers.{i}"] = routing
         if part.norm:
             hiddens = (tape.run(_part(model.norm), hiddens[0]),)
         for k in part.mtp if mtp else ():
-            h_BSD, routing = tape.run_block(self._mtp, k, hiddens[-1], tokens_BS, context)
+            h_BSD, routing = yield from self._mtp(k, tape, hiddens[-1], tokens_BS, context, in_stages=in_stages)
             hiddens = (*hiddens, h_BSD)
             if routing is not None:
                 routings[f"mtp.{k}"] = routing
@@ -124,15 +127,22 @@ class Stage:
             output = hiddens[0] if len(hiddens) == 1 else tape.run(_join, *hiddens)
         return StagePass(tape, arrived, output, routings)
 
-    def _mtp(self, k: int, previous_BSD: Tensor, tokens_BS: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
+    def _mtp(
+        self, k: int, tape: Tape, previous_BSD: Tensor, tokens_BS: Tensor, context: Context, *, in_stages: bool
+    ) -> Chunk[tuple[Tensor, Routing | None]]:
+        """`MTPModule.forward` of depth k + 1 on a tape."""
         depth, S = k + 1, tokens_BS.shape[1]
         if depth >= S:
-            return previous_BSD[:, :0], None  # too short for this depth
+            return tape.run(_first, previous_BSD, 0), None  # too short for this depth
         module, embed_tokens = self.model.mtp[str(k)], _part(self.model.embed_tokens)
-        out: tuple[Tensor, Routing | None] = module(
-            previous_BSD[:, : S - depth], embed_tokens(tokens_BS[:, depth:]), context.behind(depth)
-        )
-        return out
+        assert isinstance(module, MTPModule)
+
+        def enter(previous_BSD: Tensor) -> Tensor:
+            return module.merge(_first(previous_BSD, S - depth), embed_tokens(tokens_BS[:, depth:]))
+
+        h_BSD = tape.run_block(enter, previous_BSD)
+        h_BSD, routing = yield from block_on(tape, module.block, h_BSD, context.behind(depth), in_stages=in_stages)
+        return tape.run(module.norm, h_BSD), routing
 
 
 def payload_positions(part: StagePart, S: int, *, mtp: bool) -> int:
@@ -143,6 +153,10 @@ def payload_positions(part: StagePart, S: int, *, mtp: bool) -> int:
 def _part(module: nn.Module | None) -> nn.Module:
     assert module is not None
     return module
+
+
+def _first(hidden_BSD: Tensor, positions: int) -> Tensor:
+    return hidden_BSD[:, :positions]
 
 
 def _join(*hiddens: Tensor) -> Tensor:

@@ -2,140 +2,150 @@
 
 Autograd runs a backward pass in one go. A pipeline needs more: to stop where a gradient travels over a link and do
 something else meanwhile (overlap), and to compute the gradient of a stage's input now and those of its weights later
-(zero bubble). So a `Tape` cuts the graph: every piece is a function whose outputs are handed on as new leaves. Going
-back, a leaf's `.grad` is the sum over the pieces that used it, and is what its own piece continues with.
+(zero bubble). So a `Tape` cuts the graph: what a piece has made is handed on without its graph. Going back, its
+gradients from all the pieces that used it gather in a `Slot`, and are what its own piece continues with.
 
-Chunks are generators that yield `Transfers` whenever they have started some and need them next. Whoever drives them
-decides what happens meanwhile: `drain` waits, `dsv3.parallel.overlap` lets another chunk compute.
+The way forward is recorded as a chunk hands its pieces over (`dsv3.parallel.pieces`); the way back is a chunk again.
+
+The tape holds slots and ends of graphs, no tensors: what autograd does not keep for a gradient (token rows on their
+way, answers to be summed) is free as soon as the chunk is past it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dsv3.model.transformer import Recompute
 from dsv3.ops.recompute import selective_recomputation
+from dsv3.parallel.pieces import Chunk, Exchange, Transfers
 from dsv3.parallel.split import backward_input
 
 T = TypeVar("T")
 
 
-class Transfer(Protocol):
-    """Something on its way."""
+class Slot:
+    """Where the gradient of a tensor gathers, from all its uses."""
 
-    def wait(self) -> None:
-        """Return when it is there (on a GPU: when what is queued from now on comes after its arrival)."""
+    def __init__(self, of: Tensor) -> None:
+        self.grad: Tensor | None = None
+        self._zeros = partial(torch.zeros, of.shape, dtype=of.dtype, device=of.device)
 
-    def arrived(self) -> Tensor:
-        """What came; to be asked after `wait`."""
+    def add(self, gradient: Tensor) -> None:
+        """From one more use. Never in place: `gradient` may be somebody else's too."""
+        self.grad = gradient if self.grad is None else self.grad + gradient
 
-
-class Exchange(Protocol):
-    """A communication that autograd does not see: linear, with a transpose that is one too."""
-
-    def start(self, x: Tensor) -> Transfer:
-        """Begin to send x."""
-
-    def transposed(self) -> Exchange:
-        """The exchange that carries gradients back: combine for dispatch, dispatch for combine."""
+    def total(self) -> Tensor:
+        """The gradient, zeros if nothing has come."""
+        return self._zeros() if self.grad is None else self.grad
 
 
-@dataclass(frozen=True)
-class Transfers:
-    """Several as one: what the driver of a chunk has to wait for before the chunk can go on."""
-
-    parts: tuple[Transfer, ...]
-
-    def wait(self) -> None:
-        """Until all are there."""
-        for part in self.parts:
-            part.wait()
+def slot_of(x: Tensor) -> Slot:
+    """The slot of what a tape has handed on."""
+    slot: Slot = x.grad_fn.slot  # type: ignore[union-attr]
+    return slot
 
 
-Chunk = Generator[Transfers, None, T]
+@dataclass
+class _Graph:
+    """The graph of a piece, by its ends."""
 
-
-def drain(chunk: Chunk[T]) -> T:
-    """Run a chunk alone, waiting for each of its transfers where it starts."""
-    while True:
-        try:
-            transfer = next(chunk)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-        transfer.wait()
+    outputs: list[GradientEdge | None]  # None: has no gradient
+    inputs: dict[Slot, GradientEdge]
 
 
 @dataclass
 class _Piece:
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    outputs: list[Tensor] | None  # with their graph; None: to be made again
-    leaves: list[Tensor]  # what was handed on, one per output
+    graph: Callable[[], _Graph]  # the one kept, or one made again
+    slots: list[Slot | None]  # of the outputs
 
 
 @dataclass
 class _Crossing:
-    exchanges: tuple[Exchange, ...]
-    sent: tuple[Tensor, ...]
-    arrived: tuple[Tensor, ...]
+    ways: list[tuple[Exchange, Slot, Slot]]  # how a gradient travels, from which slot, to which
 
 
 class Tape:
-    """One forward pass through one stage. `recompute` as in `Transformer`."""
+    """One forward pass through one stage: a `Runner` that remembers. `recompute` as in `Transformer`.
+
+    What has a gradient among the arguments of pieces comes from pieces, or is said to `enter`.
+    """
 
     def __init__(self, recompute: Recompute = "none") -> None:
         self._recompute = recompute
         self._entries: list[_Piece | _Crossing] = []
         self._put_off: list[Callable[[], None]] = []
 
+    def enter(self, x: Tensor) -> Tensor:
+        """x from outside, for pieces to use; its gradient will be in its slot."""
+        return _handed_on(x)
+
     def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """function(*arguments) as one piece. Tensors may lie in tuples, dicts and dataclasses, in both directions."""
+        """As in `Runner`."""
         outputs = self._call(function, arguments)
-        return self._record(function, arguments, outputs, tensors_in(outputs))
+        graph = _graph(outputs, arguments)
+        return self._record(lambda: graph, outputs)
 
     def run_block(self, function: Callable[..., T], *arguments: Any) -> T:
         """The same for what "full" recomputation makes again: a block, or what it computes between its transfers."""
         if self._recompute != "full":
             return self.run(function, *arguments)
+
+        def again() -> _Graph:
+            with torch.enable_grad():
+                return _graph(function(*arguments), arguments)
+
         with torch.no_grad():
             outputs = function(*arguments)
-        return self._record(function, arguments, outputs, None)
+        return self._record(again, outputs)
 
-    def _record(
-        self, function: Callable[..., T], arguments: tuple[Any, ...], outputs: T, kept: list[Tensor] | None
-    ) -> T:
-        handed_on: T = map_tensors(_leaf, outputs)
-        self._entries.append(_Piece(function, arguments, kept, tensors_in(handed_on)))
+    def _record(self, graph: Callable[[], _Graph], outputs: T) -> T:
+        handed_on: T = map_tensors(_handed_on, outputs)
+        slots = [slot_of(x) if x.requires_grad else None for x in tensors_in(handed_on)]
+        self._entries.append(_Piece(graph, slots))
         return handed_on
 
     def cross(self, *pairs: tuple[Exchange, Tensor]) -> Chunk[tuple[Tensor, ...]]:
-        """Send every tensor through its exchange, all at once; what arrived. The tensors must come from pieces."""
+        """As in `Runner`; gradients travel when `backward` comes by."""
         transfers = tuple(exchange.start(x.detach()) for exchange, x in pairs)
         yield Transfers(transfers)
-        arrived = tuple(_leaf(transfer.arrived()) for transfer in transfers)
-        exchanges, sent = zip(*pairs, strict=True)
-        self._entries.append(_Crossing(exchanges, sent, arrived))
+        arrived = tuple(_handed_on(transfer.arrived()) for transfer in transfers)
+        ways = [
+            (exchange.transposed(), slot_of(y), slot_of(x))
+            for (exchange, x), y in zip(pairs, arrived, strict=True)
+            if x.requires_grad
+        ]
+        self._entries.append(_Crossing(ways))
         return arrived
 
     def backward(self, *, split: bool = False) -> Chunk[None]:
-        """Continue from the `.grad` of the last leaves to the first inputs and, unless `split`, the parameters.
+        """From the gradients in the last slots to those of what had entered and, unless `split`, the parameters.
 
-        With `split` the parameters get theirs in `backward_weights`. What is not needed any more is freed on the way.
+        With `split` the parameters get theirs in `backward_weights`; without, while the next gradients travel, if some
+        will. What is not needed any more is freed on the way.
         """
+        crossings = sum(isinstance(entry, _Crossing) for entry in self._entries)
         while self._entries:
             entry = self._entries.pop()
             if isinstance(entry, _Piece):
-                self._piece_backward(entry, split)
-            else:
-                yield from self._crossing_backward(entry)
+                self._piece_backward(entry, split or crossings > 0)
+                continue
+            crossings -= 1
+            # A zero gradient travels too: the other ranks wait for it.
+            transfers = tuple(exchange.start(source.total()) for exchange, source, _ in entry.ways)
+            if not split:
+                self.backward_weights()
+            yield Transfers(transfers)
+            for (_, _, target), transfer in zip(entry.ways, transfers, strict=True):
+                target.add(transfer.arrived())
 
     def backward_weights(self) -> None:
         """The parameters' gradients that a split backward put off."""
@@ -144,36 +154,61 @@ class Tape:
         self._put_off.clear()
 
     def _piece_backward(self, piece: _Piece, split: bool) -> None:
-        outputs = piece.outputs
-        if outputs is None:
-            with torch.enable_grad():
-                outputs = tensors_in(self._call(piece.function, piece.arguments))
+        graph = piece.graph()
         pairs = [
-            (output, leaf.grad)
-            for output, leaf in zip(outputs, piece.leaves, strict=True)
-            if output.requires_grad and leaf.grad is not None
+            (output, slot.grad)
+            for output, slot in zip(graph.outputs, piece.slots, strict=True)
+            if output is not None and slot is not None and slot.grad is not None
         ]
         if not pairs:
             return
-        roots, gradients = zip(*pairs, strict=True)
+        outputs, gradients = zip(*pairs, strict=True)
         if split:
-            inputs = [x for argument in piece.arguments for x in tensors_in(argument) if x.requires_grad]
-            self._put_off.append(backward_input(roots, gradients, inputs))
+            found, finish = backward_input(outputs, gradients, list(graph.inputs.values()))
+            self._put_off.append(finish)
+            for slot, gradient in zip(graph.inputs, found, strict=True):
+                if gradient is not None:
+                    slot.add(gradient)
         else:
-            torch.autograd.backward(roots, gradients)
+            torch.autograd.backward(outputs, gradients)
 
-    def _crossing_backward(self, crossing: _Crossing) -> Chunk[None]:
-        # A zero gradient travels too: the other ranks wait for it.
-        gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in crossing.arrived]
-        back = zip(crossing.exchanges, gradients, strict=True)
-        transfers = tuple(exchange.transposed().start(gradient) for exchange, gradient in back)
-        yield Transfers(transfers)
-        for x, transfer in zip(crossing.sent, transfers, strict=True):
-            x.grad = transfer.arrived() if x.grad is None else x.grad + transfer.arrived()
-
-    def _call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def _call(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         with selective_recomputation() if self._recompute == "selective" else nullcontext():
             return function(*arguments)
+
+
+class _HandOn(torch.autograd.Function):
+    """x at the beginning of a new graph, which leaves the gradient in the slot and does not keep x for that.
+
+    A leaf would be kept: autograd holds it to put its `.grad` there.
+    """
+
+    @staticmethod
+    def forward(ctx, x, slot, _):  # type: ignore[no-untyped-def]
+        ctx.slot = slot
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        if gradient is not None:
+            ctx.slot.add(gradient)
+        return None, None, None
+
+
+def _handed_on(x: Tensor) -> Tensor:
+    x = x.detach()
+    if not x.is_floating_point():
+        return x
+    # Under recomputation nobody knows yet whether x depends on a parameter; a slot that gets no gradient costs nothing.
+    anything = torch.empty(0, requires_grad=True)  # for autograd to see a reason to make a graph
+    out: Tensor = _HandOn.apply(x, Slot(x), anything)
+    return out
+
+
+def _graph(outputs: Any, arguments: tuple[Any, ...]) -> _Graph:
+    inputs = {slot_of(x): get_gradient_edge(x) for x in tensors_in(arguments) if x.requires_grad}
+    return _Graph([get_gradient_edge(x) if x.requires_grad else None for x in tensors_in(outputs)], inputs)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -199,8 +234,3 @@ def tensors_in(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     map_tensors(found.append, value)
     return found
-
-
-def _leaf(x: Tensor) -> Tensor:
-    # Under recomputation nobody knows yet whether x depends on a parameter; a leaf that gets no gradient costs nothing.
-    return x.detach().requires_grad_(x.is_floating_point())

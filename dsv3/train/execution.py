@@ -17,7 +17,6 @@ from dsv3.data.prepared import PreparedData
 from dsv3.model.balance import LoadBalancer
 from dsv3.model.transformer import Transformer
 from dsv3.ops.cross_entropy import linear_cross_entropy
-from dsv3.parallel.cut_expert import cut_experts
 from dsv3.parallel.expert import distribute_experts
 from dsv3.parallel.pipeline import PassInput, Pipeline
 from dsv3.parallel.pipeline_sharding import PipelineSharding
@@ -161,8 +160,6 @@ class Pipelined(Execution):
         self.model = self.pipeline.model
         self._order = module_names(model)
         distribute_experts(self.model, mesh)
-        if config.overlap:
-            cut_experts(self.model, mesh.ep)
         self.model.to(mesh.device)
         self.sharding = PipelineSharding(shard_parameters(self.model, mesh, dtype), self.pipeline, mesh)
 

@@ -17,10 +17,9 @@ from dsv3.model.balance import LoadBalancer
 from dsv3.model.context import make_context, whole_sequences
 from dsv3.model.transformer import Transformer
 from dsv3.ops.cross_entropy import IGNORE
-from dsv3.parallel.cut_expert import cut_experts
 from dsv3.parallel.expert import distribute_experts
 from dsv3.parallel.layout import StagePart, balanced_layout, parse_layout
-from dsv3.parallel.mesh import Layout, Mesh, connect
+from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.pipeline import PassInput, Pipeline
 from dsv3.parallel.pipeline_sharding import PipelineSharding
 from dsv3.parallel.ranks import Ranks
@@ -32,6 +31,7 @@ from dsv3.plan.schedules import make_schedule
 from dsv3.train.optim import MasterAdamW
 from dsv3.train.pipelined import pipelined_backward_step
 from dsv3.train.step import Losses, backward_step, labels_at
+from tests.parallel.world import mesh_of
 from tests.variants import BASE, random_model, random_tokens
 
 MODELS = {
@@ -65,10 +65,9 @@ def batch(name: str, seed: int, sequences: int) -> Tensor:
     return random_tokens(MODELS[name], (sequences, 10), torch.Generator().manual_seed(seed + 1))
 
 
-@cache
-def mesh_with(ep: int) -> Mesh:
+def mesh_with(ep: int, node_size: int | None = None) -> Mesh:
     """As many pipeline ranks as ep leaves; data-parallel ranks are the ep ranks."""
-    return connect(Layout(pp=int(os.environ["WORLD_SIZE"]) // ep, ep=ep), torch.device("cpu"))
+    return mesh_of(node_size, pp=int(os.environ["WORLD_SIZE"]) // ep, ep=ep)
 
 
 def alone(
@@ -96,6 +95,7 @@ def step_differences(
     micro_batch_size: int = 2,
     isolate: bool = False,
     ep: int = 1,
+    node_size: int | None = None,
     empty_rank: bool = False,
     model: str = "D=1",
     mtp_weight: float = 0.3,
@@ -105,11 +105,11 @@ def step_differences(
 ) -> dict[str, float]:
     """Largest differences of a pipeline step from one process, on this rank: of gradients relative, losses, counts.
 
-    layout: a string, or the number of stages of a balanced one. ep: ranks that share a layer's experts;
-    empty_rank: no token goes to the second of two.
+    layout: a string, or the number of stages of a balanced one. ep: ranks that share a layer's experts, node_size of
+    them on a node; empty_rank: no token goes to the second of two.
     """
     kind = getattr(torch, dtype)
-    mesh = mesh_with(ep)
+    mesh = mesh_with(ep, node_size)
     ranks = Ranks(mesh)
     settings = {"mtp_weight": mtp_weight, "eos_token_id": EOS, "isolate": isolate}
     whole = built(model, seed, kind)
@@ -122,8 +122,6 @@ def step_differences(
     parts = parse_layout(layout, config) if isinstance(layout, str) else balanced_layout(config, layout)
     pipeline = Pipeline(whole, parts, mesh, schedule=schedule, overlap=overlap)
     distribute_experts(pipeline.model, mesh)
-    if overlap:
-        cut_experts(pipeline.model, mesh.ep)
     balancer = LoadBalancer(pipeline.model, lambda counts: ranks.sum_counts(pipeline.sum_counts(counts)))
     first, count = ranks.share(sequences)
     tokens_BS1 = batch(model, seed, sequences)[first : first + count]
@@ -165,7 +163,6 @@ def training_differences(
     pipeline = Pipeline(copy.deepcopy(whole), parts, mesh, schedule=schedule, overlap=ep > 1)
     model = pipeline.model
     distribute_experts(model, mesh)
-    cut_experts(model, mesh.ep)
     sharding = PipelineSharding(shard_parameters(model, mesh, torch.float64), pipeline, mesh)
     optimizers = MasterAdamW(alone), MasterAdamW(model, sharding=sharding)
     balancers = LoadBalancer(alone), LoadBalancer(model, lambda counts: ranks.sum_counts(pipeline.sum_counts(counts)))

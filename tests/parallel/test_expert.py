@@ -17,7 +17,7 @@ def check(world, limit, **case):
             assert value <= limit, f"rank {rank}: {name} differs by {value:.2g}"
 
 
-@pytest.mark.parametrize("how", ["sent", "naive"])
+@pytest.mark.parametrize("how", ["sent", "cut", "split", "naive"])
 @pytest.mark.parametrize(("tokens", "choose"), [([7, 12], "any"), ([5, 9], "first"), ([0, 8], "any"), ([0, 0], "any")])
 def test_two_ranks(world2, seed, tokens, choose, how):
     check(world2, 1e-13, seed=seed, tokens=tokens, choose=choose, how=how, node_size=2)
@@ -31,11 +31,17 @@ def test_four_ranks(world4, seed, tokens, choose, how):
     check(world4, 1e-13, seed=seed, tokens=tokens, choose=choose, how=how, node_size=4)
 
 
+@pytest.mark.parametrize("how", ["sent", "cut", "split"])
 @pytest.mark.parametrize(
     ("tokens", "choose"), [([7, 12, 3, 9], "any"), ([5, 0, 9, 1], "first"), ([0, 11, 0, 0], "any")]
 )
-def test_two_nodes_of_two_ranks(world4, seed, tokens, choose):
-    check(world4, 1e-13, seed=seed, tokens=tokens, choose=choose, how="sent", node_size=2)
+def test_two_nodes_of_two_ranks(world4, seed, tokens, choose, how):
+    check(world4, 1e-13, seed=seed, tokens=tokens, choose=choose, how=how, node_size=2)
+
+
+def test_nodes_of_one_rank(world2, seed):
+    """Nothing is left to do inside a node."""
+    check(world2, 1e-13, seed=seed, tokens=[7, 12], choose="any", how="sent", node_size=1)
 
 
 def test_a_payload_in_bf16_costs_its_rounding_and_no_more(world2, seed):

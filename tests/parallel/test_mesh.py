@@ -40,6 +40,15 @@ def test_sizes_that_do_not_fit_are_refused(layout, processes, message):
         layout.resolve(processes)
 
 
+def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch):
+    """Before it waits for the others."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(UserError, match=r"has 2 GPUs, but process 3 of it was started.*start 2 per node"):
+        connect(Layout(), torch.device("cuda"))
+
+
 @pytest.mark.parametrize("name", ["dp_replicate", "dp_shard", "ep", "pp"])
 def test_an_axis_has_somebody(name):
     with pytest.raises(UserError, match=f"{name} is 0, expected at least 1"):

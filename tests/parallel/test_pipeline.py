@@ -118,6 +118,25 @@ def test_experts_that_receive_nothing(world4: World, seed: int) -> None:
         check(world4, empty_rank=True, overlap=overlap, **case)
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapped"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_experts_over_two_nodes(world4: World, seed: int, recompute: str, overlap: bool) -> None:
+    """Both halves of the model on every rank, so that forward and backward are paired; tokens take two hops."""
+    check(
+        world4,
+        schedule="DualPipeV",
+        layout="Ettt|tttmL",
+        seed=seed,
+        sequences=4 * 4 - 3,
+        micro_batch_size=1,
+        ep=4,
+        node_size=2,
+        recompute=recompute,
+        overlap=overlap,
+        dtype="float64",
+    )
+
+
 # Rank 0 has no MoE layer in the first, third and fifth; MTP modules sit on stages of their own, or before the loss.
 FOUR = {
     "1F1B": ("Ett|tttt|m|mL", 5),

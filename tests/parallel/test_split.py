@@ -7,14 +7,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from dsv3.model.block import Block
 from dsv3.model.context import make_context, whole_sequences
 from dsv3.model.router import Router
 from dsv3.parallel.layout import parse_layout
+from dsv3.parallel.pieces import drain
 from dsv3.parallel.split import backward_input
 from dsv3.parallel.stages import RankModel, Stage
-from dsv3.parallel.tape import Tape, drain
+from dsv3.parallel.tape import Tape, slot_of
 from tests.variants import BASE, random_model, random_tokens
 
 
@@ -36,11 +38,12 @@ def test_halves_of_a_block_are_the_whole(generator: torch.Generator, recompute: 
     expected = gradients(block)
     block.zero_grad()
 
-    tape, x = Tape(recompute), h.clone().requires_grad_()
+    tape = Tape(recompute)
+    x = tape.enter(h)
     out, _ = tape.run_block(block, x, context)
-    out.grad = g
+    slot_of(out).add(g)
     drain(tape.backward(split=True))
-    torch.testing.assert_close(x.grad, plain.grad)
+    torch.testing.assert_close(slot_of(x).grad, plain.grad)
     early = gradients(block)
     put_off = {name for name in expected if name not in early}
     linears = {f"{n}.weight" for n, m in block.named_modules() if isinstance(m, nn.Linear)}
@@ -56,7 +59,7 @@ def test_a_weight_gradient_that_is_put_off_is_not_computed_before(generator: tor
     x = torch.randn(5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     y = linear(x)
     y.grad_fn.next_functions[1][0].register_prehook(lambda _: ran.append("weight"))
-    finish = backward_input([y], [torch.ones_like(y)], [x])
+    _, finish = backward_input([get_gradient_edge(y)], [torch.ones_like(y)], [get_gradient_edge(x)])
     assert ran == [] and linear.weight.grad is None
     finish()
     assert ran == ["weight"]
@@ -69,8 +72,9 @@ def test_one_weight_used_twice_and_one_output_that_needs_no_input(generator: tor
     outputs = [(x @ w).tanh() @ w, w.square().sum()]
     seeds = [torch.ones(5, 4, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)]
     expected = torch.autograd.grad(outputs, [x, w], seeds, retain_graph=True)
-    backward_input(outputs, seeds, [x])()
-    torch.testing.assert_close((x.grad, w.grad), expected)
+    (x_grad,), finish = backward_input([get_gradient_edge(y) for y in outputs], seeds, [get_gradient_edge(x)])
+    finish()
+    torch.testing.assert_close((x_grad, w.grad), expected)
 
 
 def test_hooks_see_accumulated_gradients(generator: torch.Generator) -> None:
@@ -80,7 +84,8 @@ def test_hooks_see_accumulated_gradients(generator: torch.Generator) -> None:
     w.register_post_accumulate_grad_hook(lambda p: seen.append(1))
     x = torch.randn(5, 4, generator=generator, requires_grad=True)
     y = x @ w
-    backward_input([y], [torch.ones_like(y)], [x])()
+    _, finish = backward_input([get_gradient_edge(y)], [torch.ones_like(y)], [get_gradient_edge(x)])
+    finish()
     assert seen == [1]
 
 
@@ -107,12 +112,13 @@ def test_a_leaf_that_several_pieces_use_gathers_their_gradients(generator: torch
     pair = first(x)
     expected = torch.autograd.grad(third(pair, second(pair)).sum(), [x, w])
     tape = Tape()
-    pair = tape.run(first, x)
+    entered = tape.enter(x)
+    pair = tape.run(first, entered)
     out = tape.run(third, pair, tape.run(second, pair))
-    out.grad = torch.ones_like(out)
+    slot_of(out).add(torch.ones_like(out))
     drain(tape.backward(split=split))
     tape.backward_weights()
-    torch.testing.assert_close((x.grad, w.grad), expected)
+    torch.testing.assert_close((slot_of(entered).grad, w.grad), expected)
 
 
 def test_the_balance_loss_reaches_the_router_through_the_tape(generator: torch.Generator) -> None:
@@ -135,7 +141,7 @@ def test_the_balance_loss_reaches_the_router_through_the_tape(generator: torch.G
             )
         )
         assert set(done.routings) == {"layers.1", "mtp.0"}
-        done.output.grad = torch.ones_like(done.output)
+        slot_of(done.output).add(torch.ones_like(done.output))
         drain(tape.backward())
         return {n: m.weight.grad.clone() for n, m in model.named_modules() if isinstance(m, Router)}
 
