@@ -5,7 +5,7 @@ Experts: each token goes to the same number of experts of the same width, of whi
 reads more weights and writes more gradients, and that should be all. So routing is timed by itself too (router,
 dispatch and combine, forward and backward, without the experts), and memory is given without weights and gradients.
 
-    python benchmarks/bench_size.py                    # about five minutes
+    python benchmarks/bench_size.py                    # about eight minutes
     python benchmarks/bench_size.py --out size.png     # and a figure
     python benchmarks/bench_size.py --quick            # preset micro, seconds
     python benchmarks/bench_size.py --json             # one JSON object
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,11 +89,13 @@ def measure(preset: str, lengths: tuple[int, ...], experts: tuple[int, ...], rou
     """Both series, as plain values."""
     torch.manual_seed(0)
     config = ModelConfig.preset(preset).replace(num_nextn_predict_layers=0, max_position_embeddings=max(lengths))
-    by_length = [
-        {"length": length, **measure_step(config, max(lengths) // length, length, rounds)} for length in lengths
-    ]
+    by_length = []
+    for length in lengths:
+        print(f"length {length:,} ...", file=sys.stderr)
+        by_length.append({"length": length, **measure_step(config, max(lengths) // length, length, rounds)})
     by_experts = []
     for count in experts:
+        print(f"{count} experts ...", file=sys.stderr)
         sized = config.replace(n_routed_experts=count)
         row = {"experts": count, **measure_step(sized, 4, lengths[1], rounds)}
         by_experts.append({**row, "routing_ms": 1e3 * routing_seconds(sized, 4 * lengths[1], rounds)})
@@ -135,7 +138,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="preset micro and short sequences: that it runs")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a PNG to draw")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
