@@ -73,7 +73,7 @@ class MultiHeadLatentAttention(nn.Module):
             out_BSHV = self._attend(q_nope_BSHN, q_rope_BSHR, c, k_rope, context.mask, absorbed)
         else:
             pieces = context.cache.append(self.layer, torch.cat((c, k_rope), dim=-1))
-            out_BSHV = self._attend_to_pieces(q_nope_BSHN, q_rope_BSHR, pieces, absorbed)
+            out_BSHV = self.attend_to_pieces(q_nope_BSHN, q_rope_BSHR, pieces, absorbed)
         # The kernel keeps its output; where that was padded, the copy without padding need not be kept too.
         return self.o_proj(recomputed(torch.flatten, out_BSHV, 2))
 
@@ -91,8 +91,8 @@ class MultiHeadLatentAttention(nn.Module):
             return self._absorbed(q_nope_BSHN, q_rope_BSHR, Latents(torch.cat((c, k_rope), dim=-1)), mask)
         return self._expanded(q_nope_BSHN, q_rope_BSHR, c, k_rope, mask)
 
-    def _attend_to_pieces(
-        self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, pieces: list[Piece], absorbed: bool | None
+    def attend_to_pieces(
+        self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, pieces: list[Piece], absorbed: bool | None = None
     ) -> Tensor:
         """Attention of a pass over cached latents; its pieces may be of sequences of different lengths."""
         q_nope_THN, q_rope_THR = q_nope_BSHN.flatten(0, 1), q_rope_BSHR.flatten(0, 1)

@@ -314,14 +314,10 @@ void experts_by(const bf16* x, const float* weights, const int64_t* counts, cons
     }
 }
 
-}  // namespace
-
-extern "C" {
-
 // The `chosen` experts of each of n tokens by their scores [n, E] plus bias [E] (or null), best first, lower index first
 // among equals; if `groups` is above 1 only of the `kept` groups whose two best scores (best, if `pairs` is 0) add up to
 // most. ids [n, chosen]; weights [n, chosen]: their scores, divided by the sum if `normalised`, times `factor`.
-void select_experts(const float* scores, const float* bias, int64_t* ids, float* weights, int64_t n, int64_t E,
+void choose_experts(const float* scores, const float* bias, int64_t* ids, float* weights, int64_t n, int64_t E,
                     int64_t chosen, int64_t groups, int64_t kept, int64_t pairs, int64_t normalised, float factor) {
     const int64_t size = E / groups;
     for (int64_t t = 0; t < n; ++t, scores += E, ids += chosen, weights += chosen) {
@@ -350,6 +346,56 @@ void select_experts(const float* scores, const float* bias, int64_t* ids, float*
         }
         for (int64_t k = 0; k < chosen; ++k) weights[k] = (normalised ? weights[k] / (total + 1e-20f) : weights[k]) * factor;
     }
+}
+
+// The rows of x [n, D] on their way to experts: copies of them, grouped by expert, with the weight of each, how many each
+// of E experts gets, and where the answer to each choice will lie.
+void group_rows(const bf16* x, const int64_t* ids, const float* weights, bf16* rows, float* row_weights, int64_t* counts,
+                int64_t* places, int64_t n, int64_t chosen, int64_t D, int64_t E) {
+    int64_t begin[MAX_EXPERTS], at = 0;
+    std::memset(counts, 0, E * sizeof(int64_t));
+    for (int64_t i = 0; i < n * chosen; ++i) ++counts[ids[i]];
+    for (int64_t e = 0; e < E; at += counts[e++]) begin[e] = at;
+    for (int64_t i = 0; i < n * chosen; ++i) {
+        places[i] = begin[ids[i]]++;
+        row_weights[places[i]] = weights[i];
+        std::memcpy(rows + places[i] * D, x + i / chosen * D, D * sizeof(bf16));
+    }
+}
+
+// A linear map's weight: BF16, or int8 if it has a scale for each output.
+struct Map {
+    const void* weight;
+    const float* scale;
+};
+
+void apply(const Map& map, const bf16* x, bf16* y, int64_t n, int64_t I, int64_t O, int threads) {
+    if (map.scale)
+        linear_by(x, I, static_cast<const int8_t*>(map.weight), map.scale, y, n, I, O, threads);
+    else
+        linear_by(x, I, static_cast<const bf16*>(map.weight), nullptr, y, n, I, O, threads);
+}
+
+void apply_experts(const Map& gate_up, const Map& down, const bf16* x, const float* weights, const int64_t* counts,
+                   bf16* y, bf16* act, int64_t E, int64_t D, int64_t F, int threads) {
+    if (gate_up.scale)
+        experts_by(x, weights, counts, static_cast<const int8_t*>(gate_up.weight), gate_up.scale,
+                   static_cast<const int8_t*>(down.weight), down.scale, y, act, E, D, F, threads);
+    else
+        experts_by(x, weights, counts, static_cast<const bf16*>(gate_up.weight), nullptr,
+                   static_cast<const bf16*>(down.weight), nullptr, y, act, E, D, F, threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+void rms_norm(const bf16*, int64_t, const bf16*, bf16*, int64_t, int64_t, float);
+void rotate(const bf16*, int64_t, int64_t, const float*, const float*, bf16*, int64_t, int64_t, int64_t);
+
+void select_experts(const float* scores, const float* bias, int64_t* ids, float* weights, int64_t n, int64_t E,
+                    int64_t chosen, int64_t groups, int64_t kept, int64_t pairs, int64_t normalised, float factor) {
+    choose_experts(scores, bias, ids, weights, n, E, chosen, groups, kept, pairs, normalised, factor);
 }
 
 void linear(const bf16* x, int64_t stride, const bf16* w, bf16* y, int64_t n, int64_t I, int64_t O, int64_t threads) {
@@ -453,5 +499,86 @@ void latent_attention(const bf16* nope, int64_t nope_token, int64_t nope_head, c
                         for (int k = 0; k < OUTS; ++k) y[(t * H + h) * V + v + k] = narrow(out[k]);
                     });
     }
+}
+
+// What follows is a block of the model on a few tokens, in three calls around its attention. Maps: in and out as named.
+// All of n tokens, D wide.
+
+// Before attention: q [n, H, N + R], rotated, and the token's latent [n, C + R], normed and rotated, of the residual h.
+// q_norm null: q_b makes queries of x itself. scratch: n (D + Q + C + R) BF16, where Q is the width that q_norm norms.
+void block_before(const bf16* h, const bf16* norm, Map q_a, const bf16* q_norm, Map q_b, Map kv_a, const bf16* kv_norm,
+                  float eps, const float* cos, const float* sin, bf16* q, bf16* latent, bf16* scratch, int64_t n,
+                  int64_t D, int64_t Q, int64_t H, int64_t N, int64_t C, int64_t R, int64_t threads) {
+    bf16 *x = scratch, *low = x + n * D, *kv = low + n * Q;
+    rms_norm(h, D, norm, x, n, D, eps);
+    const bf16* source = x;
+    if (q_norm) {
+        apply(q_a, x, low, n, D, Q, threads);
+        rms_norm(low, Q, q_norm, low, n, Q, eps);
+        source = low;
+    }
+    apply(q_b, source, q, n, q_norm ? Q : D, H * (N + R), threads);
+    apply(kv_a, x, kv, n, D, C + R, threads);
+    for (int64_t t = 0; t < n; ++t) {
+        const float *c = cos + t * (R / 2), *s = sin + t * (R / 2);
+        for (int64_t k = 0; k < H; ++k) {
+            bf16* rope = q + (t * H + k) * (N + R) + N;
+            rotate(rope, 0, 0, c, s, rope, 1, 1, R);
+        }
+        rms_norm(kv + t * (C + R), 0, kv_norm, latent + t * (C + R), 1, C, eps);
+        rotate(kv + t * (C + R) + C, 0, 0, c, s, latent + t * (C + R) + C, 1, 1, R);
+    }
+}
+
+// Behind attention: residual = h + o_proj(attended), x its norm, and, if there are experts (E), the router's scores and
+// choice, as in select_experts; `softmax` of the scores instead of sigmoids.
+void block_between(const bf16* attended, Map o_proj, const bf16* h, const bf16* norm, float eps, const float* router,
+                   const float* bias, bf16* residual, bf16* x, float* scores, int64_t* ids, float* weights, int64_t n,
+                   int64_t D, int64_t A, int64_t E, int64_t softmax, int64_t chosen, int64_t groups, int64_t kept,
+                   int64_t pairs, int64_t normalised, float factor, int64_t threads) {
+    apply(o_proj, attended, residual, n, A, D, threads);
+    for (int64_t i = 0; i < n * D; i += WIDTH) store(residual + i, widen(residual + i) + widen(h + i));
+    rms_norm(residual, D, norm, x, n, D, eps);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t e = 0; e < E; ++e)
+        for (int64_t t = 0; t < n; ++t) {
+            Floats acc = {};
+            for (int64_t d = 0; d < D; d += WIDTH) acc += widen(x + t * D + d) * load<Floats>(router + e * D + d);
+            scores[t * E + e] = softmax ? sum(acc) : 1 / (1 + std::exp(-sum(acc)));
+        }
+    for (int64_t t = 0; E && softmax && t < n; ++t) {
+        float *of_token = scores + t * E, total = 0, most = of_token[largest(of_token, E)];
+        for (int64_t e = 0; e < E; ++e) total += of_token[e] = std::exp(of_token[e] - most);
+        for (int64_t e = 0; e < E; ++e) of_token[e] /= total;
+    }
+    if (E) choose_experts(scores, bias, ids, weights, n, E, chosen, groups, kept, pairs, normalised, factor);
+}
+
+// The FFN: y = residual + local(x) + the chosen experts' answers. `local` is the shared experts, L wide (0: none), or a
+// dense FFN, and then E is 0. counts [E] are set. scratch: BF16, n (chosen (2 D + F + 6) + D + L + 2).
+void block_after(const bf16* residual, const bf16* x, const int64_t* ids, const float* weights, Map local_gate_up,
+                 Map local_down, Map gate_up, Map down, int64_t* counts, bf16* y, bf16* scratch, int64_t n, int64_t D,
+                 int64_t L, int64_t E, int64_t chosen, int64_t F, int64_t threads) {
+    const int64_t N = n * chosen;
+    int64_t* places = reinterpret_cast<int64_t*>(scratch);
+    float* row_weights = reinterpret_cast<float*>(places + N);
+    bf16 *rows = reinterpret_cast<bf16*>(row_weights + N + n), *answers = rows + N * D, *act = answers + N * D;
+    bf16 *local = act + N * F, *local_act = local + n * D;
+    if (L) {
+        float* ones = row_weights + N;
+        for (int64_t t = 0; t < n; ++t) ones[t] = 1;
+        apply_experts(local_gate_up, local_down, x, ones, &n, local, local_act, 1, D, L, threads);
+    }
+    if (E) {
+        group_rows(x, ids, weights, rows, row_weights, counts, places, n, chosen, D, E);
+        apply_experts(gate_up, down, rows, row_weights, counts, answers, act, E, D, F, threads);
+    }
+    for (int64_t t = 0; t < n; ++t)
+        for (int64_t d = 0; d < D; d += WIDTH) {
+            Floats out = widen(residual + t * D + d);
+            if (L) out += widen(local + t * D + d);
+            for (int64_t k = 0; k < chosen && E; ++k) out += widen(answers + places[t * chosen + k] * D + d);
+            store(y + t * D + d, out);
+        }
 }
 }

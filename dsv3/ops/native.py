@@ -29,8 +29,16 @@ from dsv3.ops.latents import Latents
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-march=native")
-_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
-_ARGUMENTS = {  # of each kernel: pointers, integers, floats
+
+
+class Map(ctypes.Structure):
+    """A linear map's weight for the kernels of a block; whoever makes it keeps the tensors."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p))
+
+
+_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "m": Map}
+_ARGUMENTS = {  # of each kernel: pointers, integers, floats, maps
     "rms_norm": "pippiif",
     "rotate": "piipppiii",
     "linear": "pippiiii",
@@ -38,6 +46,9 @@ _ARGUMENTS = {  # of each kernel: pointers, integers, floats
     "select_experts": "ppppiiiiiiif",
     "experts": "pppppppiiii",
     "experts_int8": "pppppppppiiii",
+    "block_before": "ppmpmmpfpppppiiiiiiii",
+    "block_between": "pmppfpppppppiiiiiiiiiifi",
+    "block_after": "ppppmmmmpppiiiiiii",
     "latent_attention": "piipiipipppfpppiiiiiiiii",
 }
 _STEP = 32  # inputs that a dot product takes at a time
@@ -71,20 +82,21 @@ def library() -> ctypes.CDLL | None:
         if not path.exists():
             cache.mkdir(parents=True, exist_ok=True)
             _build(compiler, path)
-        loaded = ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
     for name, kinds in _ARGUMENTS.items():
-        kernel = loaded[name]
+        kernel = found[name]
         kernel.restype, kernel.argtypes = None, [_TYPES[kind] for kind in kinds]
-        setattr(loaded, name, kernel)
-    return loaded
+        setattr(found, name, kernel)
+    return found
 
 
-def _library() -> ctypes.CDLL:
-    loaded = library()
-    assert loaded is not None, "usable() said so"
-    return loaded
+def loaded() -> ctypes.CDLL:
+    """The library, where something has said that there is one."""
+    found = library()
+    assert found is not None
+    return found
 
 
 def _build(compiler: str, path: Path) -> None:
@@ -113,7 +125,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
         return None
     rows = x.reshape(-1, D)  # of a slice: a view, its rows further apart
     out = x.new_empty(x.shape)
-    _library().rms_norm(rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), len(rows), D, eps)
+    loaded().rms_norm(rows.data_ptr(), rows.stride(0), weight.data_ptr(), out.data_ptr(), len(rows), D, eps)
     return out
 
 
@@ -127,7 +139,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     H = x.shape[2] if x.dim() == 4 else 1
     out = x.new_empty(x.shape)
     apart = x.stride(1), x.stride(2) if x.dim() == 4 else 0
-    _library().rotate(x.data_ptr(), *apart, cos.data_ptr(), sin.data_ptr(), out.data_ptr(), T, H, R)
+    loaded().rotate(x.data_ptr(), *apart, cos.data_ptr(), sin.data_ptr(), out.data_ptr(), T, H, R)
     return out
 
 
@@ -139,9 +151,9 @@ def linear(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor | None = None) -> Te
     out = x_NI.new_empty(len(x_NI), num_outputs)
     x, sizes = (x_NI.data_ptr(), x_NI.stride(0)), (len(x_NI), num_inputs, num_outputs, torch.get_num_threads())
     if scale_O is None:
-        _library().linear(*x, weight_OI.data_ptr(), out.data_ptr(), *sizes)
+        loaded().linear(*x, weight_OI.data_ptr(), out.data_ptr(), *sizes)
     else:
-        _library().linear_int8(*x, weight_OI.data_ptr(), scale_O.data_ptr(), out.data_ptr(), *sizes)
+        loaded().linear_int8(*x, weight_OI.data_ptr(), scale_O.data_ptr(), out.data_ptr(), *sizes)
     return out
 
 
@@ -179,7 +191,7 @@ def select_experts(
         return None
     ids_TK, weights_TK = torch.empty(T, chosen, dtype=torch.int64), scores_TE.new_empty(T, chosen)
     bias = None if bias_E is None else bias_E.data_ptr()
-    _library().select_experts(
+    loaded().select_experts(
         *(scores_TE.data_ptr(), bias, ids_TK.data_ptr(), weights_TK.data_ptr()),
         *(T, E, chosen, groups, kept_groups, pairs, normalised, factor),
     )
@@ -205,16 +217,21 @@ def experts(
     out, act = torch.empty_like(x_ND), x_ND.new_empty(len(x_ND), F)
     rows, sizes = (x_ND, weights_N, counts_E), (E, D, F, torch.get_num_threads())
     if scales is None:
-        _library().experts(*(x.data_ptr() for x in (*rows, gate_up_EGD, down_EDF, out, act)), *sizes)
+        loaded().experts(*(x.data_ptr() for x in (*rows, gate_up_EGD, down_EDF, out, act)), *sizes)
     else:
         maps = (gate_up_EGD, scales[0], down_EDF, scales[1])
-        _library().experts_int8(*(x.data_ptr() for x in (*rows, *maps, out, act)), *sizes)
+        loaded().experts_int8(*(x.data_ptr() for x in (*rows, *maps, out, act)), *sizes)
     return out
 
 
 def takes_experts(down_EDF: Tensor) -> bool:
     """Whether there is a kernel for experts with such weights, BF16 or int8."""
     return _takes_weights(down_EDF) and not any(size % _STEP for size in down_EDF.shape[1:])
+
+
+def takes_block(latent_width: int, rope_width: int, hidden_width: int, num_experts: int) -> bool:
+    """Whether the kernels of a block take these sizes; of its maps `takes_linear` and `takes_experts` say it."""
+    return not any(width % _STEP for width in (latent_width, rope_width, hidden_width)) and num_experts <= _MAX_EXPERTS
 
 
 def latent_attention(
@@ -240,7 +257,7 @@ def latent_attention(
     out = nope.new_empty(B, S, H, V)
     queries = nope.new_empty(B * S, H, C + R)
     scratch = torch.empty(threads * 8 * C)
-    _library().latent_attention(
+    loaded().latent_attention(
         *(nope.data_ptr(), *nope.stride()[:2], rope.data_ptr(), *rope.stride()[:2]),
         *(latents.rows.data_ptr(), apart, None if slots is None else slots.data_ptr()),
         *(up_HMC.data_ptr(), None if looks is None else looks.data_ptr(), scale),

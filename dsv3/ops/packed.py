@@ -23,12 +23,20 @@ from dsv3.ops.swiglu import weighted_swiglu
 _FEW_ROWS = 8  # up to there our own kernel is faster than oneDNN on packed weights
 
 
+Stored = tuple[Tensor, Tensor | None]
+"""A weight [..., O, I] as it lies in memory: BF16, or int8 with scales [..., O] in FP32."""
+
+
 class LinearWeight(ABC):
     """A linear map's weight [O, I] in a form of its own, on a CPU."""
 
     @abstractmethod
     def multiply(self, x_NI: Tensor) -> Tensor:
         """x W^T, [N, O] in x's dtype, of contiguous rows."""
+
+    def in_memory(self) -> Stored | None:
+        """The weight row by row as our own kernels take it, if there is such a one."""
+        return None
 
     def linear(self, x: Tensor) -> Tensor:
         """x W^T, [..., O], as `torch.nn.functional.linear` gives it."""
@@ -57,6 +65,10 @@ class PackedWeight(LinearWeight):
             if fast is not None:
                 return fast
         return compat.packed_linear(x_NI, self._packed)
+
+    def in_memory(self) -> Stored | None:
+        """As in `LinearWeight`."""
+        return None if self._weight_OI is None else (self._weight_OI, None)
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dsv3 import compat
 from dsv3.ops import native
-from dsv3.ops.packed import LinearWeight
+from dsv3.ops.packed import LinearWeight, Stored
 
 GROUP = 32
 _ONE_OR_TWO = 2  # rows for which our own kernel is faster than torch's
@@ -111,6 +111,10 @@ class Int8Weight(QuantizedWeight):
         pieces = zip(self._q_OI.split(size), self._scale_O.split(size), strict=True)
         outs = [F.linear(x_NI, q_OI.to(x_NI.dtype)).mul_(scale_O) for q_OI, scale_O in pieces]
         return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0]
+
+    def in_memory(self) -> Stored | None:
+        """As in `LinearWeight`."""
+        return (self._q_OI, self._wide_scale_O) if native.takes_linear(self._q_OI) else None
 
 
 class Int4Weight(QuantizedWeight):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from dsv3.errors import UserError
+from dsv3.model.block import Block
 from dsv3.model.experts import Experts
 from dsv3.model.mla import LatentUpProjection
 from dsv3.model.transformer import Transformer
 from dsv3.ops import native
 from dsv3.ops.experts import few_rows
-from dsv3.ops.packed import LinearWeight, PackedWeight, can_pack, packed_grouped_swiglu
+from dsv3.ops.packed import LinearWeight, PackedWeight, Stored, can_pack, packed_grouped_swiglu
 from dsv3.ops.quantized import Int4Weight, Int8DynamicWeight, Int8Weight, QuantizedWeight, quantize_rows
 from dsv3.serve.engine_config import Quantization
+from dsv3.serve.fused import FusedBlock, can_fuse
 
 Pack = Callable[[Tensor], LinearWeight]
 
@@ -29,6 +31,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._weight.linear(x)
+
+    def weight_in_memory(self) -> Stored | None:
+        """As our own kernels take it, if they do."""
+        return self._weight.in_memory()
 
 
 class PackedUpProjection(PackedLinear):
@@ -78,6 +84,10 @@ class Int8Experts(nn.Module):
                 return fast
         return packed_grouped_swiglu(rows_ND, weights_N, counts_E, self._gate_up, self._down)
 
+    def weights_in_memory(self) -> tuple[Stored, Stored]:
+        """As our own kernels take them."""
+        return (self._gate_up_EGD, self._scales[0]), (self._down_EDF, self._scales[1])
+
 
 # What the head's weight becomes, and those of all other maps.
 _KINDS: dict[str, tuple[type[QuantizedWeight], type[QuantizedWeight]]] = {
@@ -103,7 +113,18 @@ def pack_weights(model: Transformer, quantization: Quantization = "none") -> boo
         return False
     model.lm_head = PackedLinear(model.lm_head, pack_head)  # type: ignore[assignment]
     _pack_children(model, pack, lambda experts: _pack_experts(experts, pack, quantization))
+    for holder, name, block in [*_blocks(model)]:
+        if can_fuse(block):
+            setattr(holder, name, FusedBlock(block))
     return True
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, Block]]:
+    """Every block, with the module that holds it and its name there."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, Block):
+                yield module, name, child
 
 
 def _pack_children(module: nn.Module, pack: Pack, pack_experts: Callable[[Experts], nn.Module]) -> None:

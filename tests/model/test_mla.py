@@ -161,7 +161,7 @@ def test_a_masked_piece_in_parts_is_the_whole(absorbed, generator, monkeypatch):
     outputs = []
     for values in (2**23, 4 * 2 * H * (config.qk_head_dim + config.v_head_dim)):
         monkeypatch.setattr(mla, "values_at_a_time", lambda _, values=values: values)
-        outputs.append(attn._attend_to_pieces(nope, rope, [Piece(Latents(latents), 3, mask)], absorbed))
+        outputs.append(attn.attend_to_pieces(nope, rope, [Piece(Latents(latents), 3, mask)], absorbed))
     torch.testing.assert_close(outputs[1], outputs[0], atol=1e-12, rtol=1e-12)
 
 
