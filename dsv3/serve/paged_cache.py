@@ -14,12 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dsv3.config import ModelConfig
 from dsv3.model.cache import Cache, Piece
 from dsv3.ops.latents import Latents
+
+IntArray = npt.NDArray[np.int64]
 
 # Larger chunks are prompts: each is a piece of its own, without padding.
 MAX_GROUPED = 8
@@ -75,33 +79,34 @@ class PagedPass:
     def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]) -> None:
         self._cache = cache
         device = cache._data.device
-        tables = [torch.tensor(chunk.blocks, dtype=torch.int64) for chunk in chunks]
-        positions = [torch.arange(chunk.start, chunk.end) for chunk in chunks]
-        slots = [self._slots(table, where) for table, where in zip(tables, positions, strict=True)]
-        self._positions_1T = torch.cat(positions).unsqueeze(0)
-        self._slots_T = torch.cat(slots).to(device)
+        # All chunks at once, and in NumPy, which is many times as quick to begin with so small an operation as torch.
+        tables = np.array([block for chunk in chunks for block in chunk.blocks])  # one behind the other
+        sizes = np.array([(chunk.start, chunk.num_tokens, len(chunk.blocks)) for chunk in chunks])
+        starts_B, counts_B, lengths_B = sizes.T
+        tables_at_B = lengths_B.cumsum() - lengths_B
+        chunk_T = np.arange(len(chunks)).repeat(counts_B)
+        positions_T = np.arange(len(chunk_T)) + (starts_B - counts_B.cumsum() + counts_B)[chunk_T]
+        self._positions_1T = torch.from_numpy(positions_T).unsqueeze(0)
+        self._slots_T = self._slots(tables, tables_at_B[chunk_T], positions_T).to(device)
         self._reads: list[tuple[Tensor, int, Tensor | None]] = []  # slots [B, T], S, mask
+        begin = 0
         for _, group in itertools.groupby(enumerate(chunks), key=lambda item: _kind(*item)):
-            members = [(chunk, tables[index]) for index, chunk in group]
-            self._reads.append(self._read(members, device))
+            members = [chunk for _, chunk in group]
+            S, longest = members[0].num_tokens, max(chunk.end for chunk in members)
+            at_B1, starts_B1 = (x_B[begin : begin + len(members), None] for x_B in (tables_at_B, starts_B))
+            begin += len(members)
+            positions_1T = np.arange(longest)[None]
+            mask_B1ST = None
+            if len(members) > 1:
+                queries_BS = starts_B1 + np.arange(S)
+                mask_B1ST = torch.from_numpy(positions_1T <= queries_BS[:, None, :, None]).to(device)
+                positions_1T = np.where(positions_1T < starts_B1 + S, positions_1T, 0)
+            self._reads.append((self._slots(tables, at_B1, positions_1T).to(device), S, mask_B1ST))
 
-    def _slots(self, table: Tensor, positions: Tensor) -> Tensor:
+    def _slots(self, tables: IntArray, at: IntArray, positions: IntArray) -> Tensor:
+        """Of positions in texts whose tables begin `at` these places of `tables`."""
         size = self._cache.block_size
-        return table[..., positions // size] * size + positions % size
-
-    def _read(self, members: list[tuple[Chunk, Tensor]], device: torch.device) -> tuple[Tensor, int, Tensor | None]:
-        S = members[0][0].num_tokens
-        longest = max(chunk.end for chunk, _ in members)
-        positions_T = torch.arange(longest)
-        if len(members) == 1:
-            return self._slots(members[0][1], positions_T).unsqueeze(0).to(device), S, None
-        slots_BT = torch.stack(
-            [self._slots(table, positions_T.where(positions_T < chunk.end, 0)) for chunk, table in members]
-        )
-        starts_B = torch.tensor([chunk.start for chunk, _ in members])
-        queries_BS = starts_B.unsqueeze(1) + torch.arange(S)
-        mask_B1ST = (positions_T <= queries_BS.unsqueeze(2)).unsqueeze(1)
-        return slots_BT.to(device), S, mask_B1ST.to(device)
+        return torch.from_numpy(tables[at + positions // size] * size + positions % size)
 
     def scatter(self, x_T: Tensor) -> Tensor:
         """Tokens (or rows of anything, [T, ...]) as the row of the pass, [1, T, ...]."""

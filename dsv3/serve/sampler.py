@@ -68,8 +68,11 @@ def adjusted(logits_V: Tensor, row: Row) -> Tensor:
     params = row.params
     if params.repetition_penalty != 1:
         seen = torch.tensor([*row.prompt, *row.output], dtype=torch.int64).unique()
-        values = logits_V[seen]
-        logits_V[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        # Finite under any penalty: beside an infinity, what a grammar forbids would be as likely as what it allows.
+        values = logits_V[seen].double()
+        values = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        largest = torch.finfo(logits_V.dtype).max
+        logits_V[seen] = values.clamp(-largest, largest).to(logits_V.dtype)
     if row.output and (params.presence_penalty or params.frequency_penalty):
         said, counts = torch.tensor(row.output, dtype=torch.int64).unique(return_counts=True)
         logits_V[said] -= params.presence_penalty + params.frequency_penalty * counts

@@ -29,8 +29,8 @@ def distributions(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor
     logits_RV = logits_RV.float().cpu()
     if all(p.greedy for p in params):
         return torch.zeros_like(logits_RV).scatter_(-1, logits_RV.argmax(-1, keepdim=True), 1.0)
-    temperature_R1 = _column([p.temperature or 1.0 for p in params])
-    # The largest logit becomes 0 before the division, so that a tiny temperature cannot overflow.
+    # The largest logit becomes 0 before the division, which is by no zero of FP32: a tiny temperature is greedy.
+    temperature_R1 = _column([p.temperature or 1.0 for p in params]).clamp_min(torch.finfo(torch.float32).tiny)
     probs_RV = ((logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R1).softmax(-1)
     if any(_truncates(p) for p in params):
         probs_RV = _truncated(probs_RV, params)
@@ -51,12 +51,12 @@ def _truncated(probs_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     V = probs_RV.shape[-1]
     ordered_RV, index_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
     if any(p.top_k for p in params):
-        top_k_R1 = torch.tensor([[p.top_k or V] for p in params])
+        top_k_R1 = torch.tensor([[min(p.top_k or V, V)] for p in params])
         ordered_RV = ordered_RV.masked_fill(torch.arange(V) >= top_k_R1, 0.0)
         ordered_RV = ordered_RV / _mass(ordered_RV)
     # A token stays if the mass before it is below top_p: the first always does.
     before_RV = ordered_RV.cumsum(-1) - ordered_RV
-    top_p_R1 = _column([p.top_p for p in params])
+    top_p_R1 = _column([p.top_p for p in params]).clamp_min(torch.finfo(torch.float32).tiny)
     dropped_RV = (before_RV >= top_p_R1) & (top_p_R1 < 1)
     dropped_RV |= ordered_RV < ordered_RV[:, :1] * _column([p.min_p for p in params])
     ordered_RV = ordered_RV.masked_fill(dropped_RV, 0.0)

@@ -69,6 +69,30 @@ def test_like_distributions_draw_alike(generator):
     assert same > 1900
 
 
+EXTREMES = [
+    {"repetition_penalty": 5e-324},
+    {"repetition_penalty": 1e308},
+    {"temperature": 5e-324},
+    {"top_p": 1e-124},
+    {"top_k": 2**64},
+    {"min_p": 5e-324, "frequency_penalty": 2.0, "presence_penalty": 2.0, "logit_bias": {2: 100.0, 3: 100.0}},
+]
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_what_a_grammar_forbids_stays_forbidden_under_the_most_extreme_parameters(extreme, generator):
+    logits = torch.randn(20, 12, generator=generator)
+    logits[:, 7] = 0
+    allowed = torch.zeros(12, dtype=torch.bool)
+    allowed[[2, 5, 7]] = True
+    params = SamplingParams(**{"temperature": 0.8, "seed": 1, **extreme})
+    seen = list(range(12))
+    rows = [Row(params, position, prompt=seen, output=seen[:3], allowed_V=allowed) for position in range(20)]
+    assert set(choose(logits, rows)) <= {2, 5, 7}
+    if "temperature" in extreme or "top_p" in extreme:
+        assert choose(logits, rows) == logits.masked_fill(~allowed, -torch.inf).argmax(-1).tolist()
+
+
 def test_penalties_and_bias_by_their_definitions(generator):
     logits = torch.randn(10, generator=generator)
     prompt, output = [1, 2, 2], [2, 3, 3, 3]

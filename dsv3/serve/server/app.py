@@ -141,7 +141,8 @@ def _state(ok: bool, why_not: str) -> Response:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     answer = error_response(error)
-    request.state.log["error"] = bytes(answer.body).decode()
+    if not isinstance(error, ClientDisconnect):  # of a stream, whose answer has begun and is heard by nobody
+        request.state.log["error"] = bytes(answer.body).decode()
     return answer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import threading
@@ -62,7 +63,8 @@ def post(url: str, body: dict[str, Any]) -> socket.socket:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_is_worked_for_no_longer(stream, served):
+def test_a_client_that_goes_away_is_worked_for_no_longer(stream, served, caplog):
+    caplog.set_level(logging.INFO, logger="dsv3")
     before = served.engine.metrics.requests_finished.get("cancelled", 0)
     connection = post(served.url, LONG | {"stream": stream, "n": 2})
     if stream:
@@ -73,6 +75,8 @@ def test_a_client_that_goes_away_is_worked_for_no_longer(stream, served):
     until(lambda: served.service.num_under_way == 0)
     figures = httpx.get(f"{served.url}/metrics").text
     assert 'status="500"' not in figures and (stream or 'status="499"' in figures)
+    (line,) = [record.fields for record in caplog.records if record.fields.get("method") == "POST"]
+    assert "error" not in line and line.get("disconnected", line["status"] == 499)
 
 
 def test_a_client_that_goes_away_inside_its_own_request(served):
