@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
 
 from dsv3.checkpoint.encoding import check_dtype, write_model
 from dsv3.checkpoint.names import canonical_tensors
-from dsv3.checkpoint.source import Checkpoint, Stored, compare
+from dsv3.checkpoint.parts import read_parts
+from dsv3.checkpoint.source import Checkpoint, Stored
 from dsv3.checkpoint.writer import MAX_SHARD_BYTES
 from dsv3.config import ModelConfig
-from dsv3.errors import UserError
 from dsv3.model.transformer import Transformer
 
 
@@ -32,24 +31,16 @@ def load_pretrained(
     """
     check_dtype(dtype)
     checkpoint = Checkpoint(path)
-    if config is not None and (difference := compare(config, checkpoint.reader)):
-        raise UserError(f"{path}: the tensors do not fit the model that they are to be loaded into: {difference}")
     config = config or checkpoint.config
+    checkpoint.check_fits(config)
     dtype = checkpoint.dtype if dtype is None else dtype
     with torch.device("meta"):
         model = Transformer(config)
-    tensors = list(canonical_tensors(config))
     state = {name: torch.empty_like(meta, dtype=dtype, device=device) for name, meta in model.state_dict().items()}
-    for tensor in tensors:
+    for tensor in canonical_tensors(config):
         if tensor.kind in ("router", "bias"):
             state[tensor.param] = state[tensor.param].to(torch.promote_types(dtype, torch.float32))
-    for tensor in tensors:
-        place = tensor.view(state)
-        loaded = checkpoint.read(tensor).to(place.dtype)
-        if tensor.copy_of is None:
-            place.copy_(loaded)
-        elif not torch.equal(place, loaded.to(place.device)):
-            warnings.warn(f"{path}: {tensor.name} differs from {tensor.copy_of}; MTP shares the latter", stacklevel=2)
+    read_parts(checkpoint, config, {name: (tensor, 0) for name, tensor in state.items()})
     model.load_state_dict(state, assign=True)
     return model.eval()
 

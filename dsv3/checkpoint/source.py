@@ -104,6 +104,13 @@ class Checkpoint:
         if difference := compare(self.config, self.reader):
             raise UserError(f"{path}: the tensors do not belong to config.json: {difference}")
 
+    def check_fits(self, config: ModelConfig) -> None:
+        """Raise `UserError` unless a model of `config`, which need not be the folder's own, has the same tensors."""
+        if difference := compare(config, self.reader):
+            raise UserError(
+                f"{self.reader.path}: the tensors do not fit the model that they are to be loaded into: {difference}"
+            )
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of what is not FP8, told by the embedding."""

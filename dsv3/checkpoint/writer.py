@@ -27,7 +27,7 @@ from dsv3.files import new_folder, refusals
 MAX_SHARD_BYTES = 5 * 10**9
 WRITE_BYTES = 2**20  # in one call; ext4 took 4 to 8 times as long over the same bytes in calls of 32 MiB
 
-_NAMES = {**DTYPE_NAMES, torch.int64: "I64"}
+_NAMES = {**DTYPE_NAMES, torch.int64: "I64", torch.int32: "I32", torch.int16: "I16"}
 
 Progress = Callable[[int, int], None]  # told the bytes written so far and the bytes in all
 
@@ -158,12 +158,14 @@ def _split(entries: Sequence[TensorEntry], max_shard_bytes: int) -> list[list[Te
     return shards
 
 
-def shard_header(entries: Sequence[TensorEntry]) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a safetensors file, and at which byte of the file each tensor starts.
+def shard_header(
+    entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a safetensors file, with `metadata`, and at which byte of the file each tensor starts.
 
     The format: header length (u64 little endian), JSON header, data without gaps.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     # Wide dtypes first, so that each tensor starts at a multiple of its item size and can be mapped in place.
     for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):

@@ -18,9 +18,10 @@ from dsv3.errors import UserError
 from dsv3.model.block import Block
 from dsv3.model.cache import Cache
 from dsv3.model.context import Context, make_context, whole_sequences
+from dsv3.model.initial import init_weights
 from dsv3.model.mtp import MTPModule
 from dsv3.model.norm import RMSNorm
-from dsv3.model.router import Router, Routing
+from dsv3.model.router import Routing
 from dsv3.ops.recompute import selective_recomputation
 
 Recompute = Literal["none", "selective", "full"]
@@ -44,10 +45,18 @@ class ModelOutput:
     routings: dict[str, Routing]
 
 
+def routed_layers(config: ModelConfig) -> list[str]:
+    """The names of the layers that route, in order, as a pass's routings have them."""
+    L = config.num_hidden_layers
+    layers = filter(config.is_moe_layer, range(config.num_layers_with_mtp))
+    return [f"layers.{i}" if i < L else f"mtp.{i - L}" for i in layers]
+
+
 class Transformer(nn.Module):
     """DeepSeek-V3. `model(tokens_BS)` gives `.logits` and `.mtp_logits`.
 
-    Weights are drawn from a normal of std `initializer_range` (norms 1, biases 0) with torch's global generator.
+    Weights are drawn from a normal of std `initializer_range` (norms 1, biases 0), from a seed that torch's global
+    generator gives; on the meta device none are.
     `recompute` says what the backward pass makes again to save memory: "none" of it; "selective", what is cheap (norms,
     MLA's up-projections, SwiGLU outputs; see `ops.recompute`); "full", every block from its input.
     """
@@ -61,7 +70,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MTPModule(config, k + 1) for k in range(config.num_nextn_predict_layers))
-        self.init_weights()
+        if self.device.type != "meta":
+            self.init_weights()
 
     @property
     def device(self) -> torch.device:
@@ -83,17 +93,10 @@ class Transformer(nn.Module):
             raise UserError(f"recompute is {value!r}, expected one of {', '.join(get_args(Recompute))}")
         self._recompute = value
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw all weights anew."""
-        for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
-            else:
-                for parameter in module.parameters(recurse=False):
-                    parameter.normal_(std=self.config.initializer_range)
-            if isinstance(module, Router) and module.e_score_correction_bias is not None:
-                module.e_score_correction_bias.zero_()
+    def init_weights(self, seed: int | None = None) -> None:
+        """Draw all weights anew (`dsv3.model.initial`). seed: None takes one from torch's global generator."""
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        init_weights(self, seed=seed, std=self.config.initializer_range)
 
     def forward(self, tokens_BS: Tensor) -> ModelOutput:
         """All logits at once, main and MTP. Training takes `hidden_states` and never makes them (ops.cross_entropy)."""

@@ -87,11 +87,9 @@ class Mail:
 
     def receive(self, op: Op) -> Tensor | None:
         """What `op` needs from another stage; None if it needs nothing. Waits until it is there."""
-        wanted = _wanted(self._schedule, op)
-        if wanted is None:
+        wanted, source = _wanted(self._schedule, op), sender(self._schedule, op)
+        if wanted is None or source is None:
             return None
-        kind, stage, micro_batch = wanted
-        source = self._schedule.rank_of(stage - 1 if kind == "F" else stage + 1, micro_batch)
         if source == self._rank:
             return self._here.pop(wanted)
         group = self._groups.towards(source, self._rank)
@@ -128,6 +126,14 @@ class Mail:
     def _target(self, message: Message) -> int:
         _, stage, micro_batch = message
         return self._schedule.rank_of(stage, micro_batch)
+
+
+def sender(schedule: Schedule, op: Op) -> int | None:
+    """The rank of the pipeline that makes what `op` needs from another stage; None if it needs nothing."""
+    if (wanted := _wanted(schedule, op)) is None:
+        return None
+    kind, stage, micro_batch = wanted
+    return schedule.rank_of(stage - 1 if kind == "F" else stage + 1, micro_batch)
 
 
 def links(schedule: Schedule) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ from dsv3.model.context import make_context, whole_sequences
 from dsv3.model.router import Routing
 from dsv3.model.transformer import Recompute, Transformer
 from dsv3.parallel.layout import StagePart
-from dsv3.parallel.mail import Groups, Mail, Message, links
+from dsv3.parallel.mail import Groups, Mail, Message, links, sender
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.overlap import interleave
 from dsv3.parallel.pieces import Chunk, drain
@@ -82,6 +82,7 @@ class Pipeline:
         self.parts, self.axis, self.overlap = tuple(parts), axis, overlap
         self.recompute: Recompute = model.recompute
         self._method = schedule
+        self._at: tuple[Schedule, int, bool] | None = None  # while running: the step, and whether its input is here
         # Where stages sit depends on the ranks alone; any number of chunks that every method can run tells it.
         sample = self.schedule(2 * axis.size)
         self._ranks = [[self.parts[stage] for stage in stages] for stages in sample.stages]
@@ -128,6 +129,26 @@ class Pipeline:
         schedule = forward_only(self.schedule(2 * self.axis.size), len(micro_batches))
         self._run(schedule, _Work(micro_batches, loss, 0.0, mtp), None, None)
 
+    def activity(self) -> str | None:
+        """Which operation this rank is at, and from whom it waits for what, in words; None between schedules."""
+        at = self._at
+        if at is None:
+            return None
+        schedule, number, arrived = at
+        steps = schedule.ranks[self.axis.index]
+        if number == len(steps):
+            return f"the end of its {len(steps)} operations, waiting until what it sent has arrived"
+        parts = steps[number].parts
+        text = f"operation {number + 1} of {len(steps)}, " + " with ".join(map(_in_words, parts))
+        if arrived:
+            return text
+        waits = [
+            f"{'activations' if op.kind == 'F' else 'a gradient'} from rank {self.axis.ranks[source]}"
+            for op in parts
+            if (source := sender(schedule, op)) is not None and source != self.axis.index
+        ]
+        return text + (f", waiting for {' and '.join(waits)}" if waits else "")
+
     def _run(
         self,
         schedule: Schedule,
@@ -138,8 +159,10 @@ class Pipeline:
         rank = self.axis.index
         mail = Mail(schedule, rank, self._groups, partial(self._buffer, work))
         passes: dict[tuple[int, int], StagePass] = {}
-        for step in schedule.ranks[rank]:
+        for number, step in enumerate(schedule.ranks[rank]):
+            self._at = schedule, number, False
             arrived = [mail.receive(op) for op in step.parts]
+            self._at = schedule, number, True
             started = time.perf_counter()
             chunks: list[Chunk[Any]] = [
                 self._forward(op, x, work) if op.kind == "F" else _backward(op, x, passes)
@@ -158,7 +181,9 @@ class Pipeline:
                         passes[op.stage, op.micro_batch] = result
                     result = result.output
                 mail.send(op, result)
+        self._at = schedule, len(schedule.ranks[rank]), True
         mail.finish()
+        self._at = None
 
     def close(self) -> None:
         """Give back the process groups: each has connections and threads. All processes do so at the same place."""
@@ -256,6 +281,11 @@ class _Work:
     loss: Loss
     aux_loss_scale: float
     mtp: bool
+
+
+def _in_words(op: Op) -> str:
+    kind = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradients"}[op.kind]
+    return f"{op.kind} ({kind}) of micro-batch {op.micro_batch} of stage {op.stage}"
 
 
 def _backward(op: Op, gradient: Tensor | None, passes: dict[tuple[int, int], StagePass]) -> Chunk[Tensor | None]:

@@ -7,8 +7,6 @@ and lets the first process do what only one may do. `Ranks()` is a process that 
 from __future__ import annotations
 
 import dataclasses
-import faulthandler
-import sys
 from collections.abc import Callable
 
 import torch
@@ -16,22 +14,23 @@ from torch import Tensor
 
 from dsv3.errors import UserError
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.watch import Watch
 
 
 class Ranks:
     """This process among the others of `mesh`.
 
-    patience: seconds without a `heartbeat` after which it writes to stderr what it is doing; None: never.
+    watch: told of every `heartbeat`; reports what this process is doing if the next one is late.
     """
 
-    def __init__(self, mesh: Mesh | None = None, patience: float | None = None) -> None:
+    def __init__(self, mesh: Mesh | None = None, watch: Watch | None = None) -> None:
         self.mesh = Mesh() if mesh is None else mesh
-        self._patience = patience
+        self._watch = watch
 
-    def heartbeat(self) -> None:
-        """Say that things go on. A process that waits too long for another shows the stack it waits in."""
-        if self._patience is not None and self.mesh.distributed:
-            faulthandler.dump_traceback_later(self._patience, file=sys.__stderr__ or sys.stderr)
+    def heartbeat(self, doing: Callable[[], str]) -> None:
+        """Say that things go on; `doing` as in `Watch.beat`."""
+        if self._watch is not None:
+            self._watch.beat(doing)
 
     @property
     def is_first(self) -> bool:

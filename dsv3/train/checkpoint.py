@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dsv3.checkpoint.hf_config import config_to_hf
 from dsv3.checkpoint.names import canonical_tensors
-from dsv3.checkpoint.parts import create_file, fill_file, held_pieces
+from dsv3.checkpoint.parts import create_file, fill_file, held_pieces, read_parts
 from dsv3.checkpoint.source import Checkpoint
 from dsv3.checkpoint.writer import MAX_SHARD_BYTES, TensorEntry, check_space, shard_files, write_companions
 from dsv3.errors import UserError
@@ -139,11 +139,7 @@ def read_checkpoint(
     averages = None if ema is None else _load(folder / _EMA, sharding, lambda name: name)
     held = {**dict(model.named_buffers()), **optimizer.masters()}
     weights = {name: torch.empty_like(value, device="cpu") for name, value in held.items()}
-    parts = {name: sharding.part(name, value) for name, value in held.items()}
-    for piece in held_pieces(model.config, {name: range(part.begin, part.end) for name, part in parts.items()}):
-        if piece.tensor.copy_of is None:
-            place = weights[piece.tensor.param][piece.index]
-            place.copy_(saved.read(piece.tensor, piece.rows).to(place.dtype))
+    read_parts(saved, model.config, {name: (rows, sharding.part(name, rows).begin) for name, rows in weights.items()})
     optimizer.load_state(moments)
     if ema is not None and averages is not None:
         ema.load_state(averages)

@@ -113,6 +113,8 @@ class TrainConfig:
     """Checkpoints to keep."""
     milestone_every: int | None = None
     """Besides, keep those whose step is a multiple of this."""
+    router_every: int = 0
+    """Steps between records of the experts that each token of the batch visited, in the run's `router/`; 0: none."""
     dp_replicate: int | None = None
     """Processes that keep whole parameters and share the optimizer's state (ZeRO-1); None: all that torchrun starts
     and the next settings leave. This and the settings down to `timeline_steps` say how a run is spread, and may change
@@ -153,7 +155,8 @@ class TrainConfig:
             _require(value is None or value >= 1, name, value, "at least 1")
         self._check_pipeline()
         DataConfig(**self.preparation)  # raises if one of them is out of range
-        _require(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "at least 0")
+        for name in ("sample_tokens", "router_every"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _require(
             self.micro_batch_size is None or self.micro_batch_size > 0,
             "micro_batch_size",

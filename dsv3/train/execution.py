@@ -15,13 +15,13 @@ from torch import Tensor
 
 from dsv3.data.prepared import PreparedData
 from dsv3.model.balance import LoadBalancer
-from dsv3.model.transformer import Transformer
+from dsv3.model.transformer import Transformer, routed_layers
 from dsv3.ops.cross_entropy import linear_cross_entropy
 from dsv3.parallel.expert import distribute_experts
 from dsv3.parallel.pipeline import PassInput, Pipeline
 from dsv3.parallel.pipeline_sharding import PipelineSharding
 from dsv3.parallel.ranks import Ranks
-from dsv3.parallel.shard import Sharding, shard_parameters
+from dsv3.parallel.shard import Sharding, cast_whole, shard_parameters
 from dsv3.parallel.stages import RankModel, module_names
 from dsv3.parallel.timeline import save_spans
 from dsv3.plan.pipeline import Span
@@ -30,7 +30,7 @@ from dsv3.train.evaluate import Case
 from dsv3.train.guard import first_nonfinite, first_nonfinite_gradient
 from dsv3.train.pipelined import pipelined_backward_step, planned_stages
 from dsv3.train.sample import Sample, draw_sample
-from dsv3.train.step import Losses, backward_step, micro_batches, pass_input
+from dsv3.train.step import Losses, Observe, backward_step, micro_batches, pass_input
 from dsv3.train.timetable import Step
 
 
@@ -45,8 +45,13 @@ class Execution(ABC):
         self._config, self._ranks, self._eos_token_id = config, ranks, eos_token_id
 
     @abstractmethod
-    def backward_step(self, balancer: LoadBalancer, tokens_BS1: Tensor, plan: Step) -> Losses:
-        """Gradients and losses of a step, of whose sequences this process takes `tokens_BS1`."""
+    def backward_step(
+        self, balancer: LoadBalancer, tokens_BS1: Tensor, plan: Step, observe: Observe | None = None
+    ) -> Losses:
+        """Gradients and losses of a step, of whose sequences this process takes `tokens_BS1`.
+
+        observe: told the routings made here of each of these sequences' micro-batches.
+        """
 
     @abstractmethod
     def nats(self, cases: Iterable[Case]) -> float:
@@ -59,6 +64,10 @@ class Execution(ABC):
     @abstractmethod
     def all_loads(self, loads: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The counts of every layer of the model, given those of the layers here; on the CPU."""
+
+    def activity(self) -> str | None:
+        """What this process is doing, in words, if there is more to tell than the call that it is in."""
+        return None
 
     @abstractmethod
     def sample(self, data: PreparedData) -> Sample | None:
@@ -104,11 +113,14 @@ class WholeModel(Execution):
         super().__init__(config, ranks, eos_token_id)
         self.model = model
         model.recompute = config.recompute
-        distribute_experts(model, ranks.mesh)  # before the device has to hold them all
-        model.to(ranks.mesh.device)
+        distribute_experts(model, ranks.mesh)
         self.sharding = shard_parameters(model, ranks.mesh, dtype)
+        cast_whole(model, dtype)
+        model.to_empty(device=ranks.mesh.device)
 
-    def backward_step(self, balancer: LoadBalancer, tokens_BS1: Tensor, plan: Step) -> Losses:
+    def backward_step(
+        self, balancer: LoadBalancer, tokens_BS1: Tensor, plan: Step, observe: Observe | None = None
+    ) -> Losses:
         return backward_step(
             self.model,
             balancer,
@@ -118,6 +130,7 @@ class WholeModel(Execution):
             eos_token_id=self._eos_token_id,
             isolate=self._config.isolate,
             ranks=self._ranks,
+            observe=observe,
         )
 
     @torch.no_grad()
@@ -160,10 +173,13 @@ class Pipelined(Execution):
         self.model = self.pipeline.model
         self._order = module_names(model)
         distribute_experts(self.model, mesh)
-        self.model.to(mesh.device)
         self.sharding = PipelineSharding(shard_parameters(self.model, mesh, dtype), self.pipeline, mesh)
+        cast_whole(self.model, dtype)
+        self.model.to_empty(device=mesh.device)
 
-    def backward_step(self, balancer: LoadBalancer, tokens_BS1: Tensor, plan: Step) -> Losses:
+    def backward_step(
+        self, balancer: LoadBalancer, tokens_BS1: Tensor, plan: Step, observe: Observe | None = None
+    ) -> Losses:
         """As in `Execution`; a step of `timeline_steps` leaves its timeline in the run's folder."""
         spans: list[Span] = []
         recorded = plan.number in self._config.timeline_steps
@@ -176,6 +192,7 @@ class Pipelined(Execution):
             eos_token_id=self._eos_token_id,
             isolate=self._config.isolate,
             ranks=self._ranks,
+            observe=observe,
             record=spans.append if recorded else None,
         )
         if recorded:
@@ -193,17 +210,15 @@ class Pipelined(Execution):
         return self._ranks.sum_counts(self.pipeline.sum_counts(counts_LE))
 
     def all_loads(self, loads: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        config = self.model.config
-        names = [
-            f"layers.{i}" if i < config.num_hidden_layers else f"mtp.{i - config.num_hidden_layers}"
-            for i in range(config.num_layers_with_mtp)
-            if config.is_moe_layer(i)
-        ]
-        counts_LE = torch.zeros(len(names), config.n_routed_experts, dtype=torch.int64)
+        names = routed_layers(self.model.config)
+        counts_LE = torch.zeros(len(names), self.model.config.n_routed_experts, dtype=torch.int64)
         for row_E, name in zip(counts_LE, names, strict=True):
             if name in loads and self.pipeline.owns(name):
                 row_E.copy_(loads[name])
         return dict(zip(names, self.pipeline.sum_(counts_LE), strict=True))
+
+    def activity(self) -> str | None:
+        return self.pipeline.activity()
 
     def sample(self, data: PreparedData) -> Sample | None:
         return None
@@ -243,7 +258,11 @@ class Pipelined(Execution):
 def make_execution(
     model: Transformer, config: TrainConfig, ranks: Ranks, eos_token_id: int, dtype: torch.dtype
 ) -> Execution:
-    """Divide a whole FP32 model among the processes; dtype: what it will compute in. `UserError` if it cannot be."""
+    """Divide a model among the processes; `UserError` if it cannot be.
+
+    model: in FP32, on the meta device. What a process holds of it comes to be, but has no values yet. dtype: what it
+    will compute in.
+    """
     kind = Pipelined if ranks.mesh.pp.size > 1 else WholeModel
     return kind(model, config, ranks, eos_token_id, dtype)
 

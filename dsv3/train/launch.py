@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from dsv3.device import pick_device
 from dsv3.errors import UserError
 from dsv3.parallel.mesh import Layout, connect, disconnect
 from dsv3.parallel.ranks import Ranks
+from dsv3.parallel.watch import Watch
 from dsv3.train.config import TrainConfig
 
 _PATIENCE = 0.8  # share of the time-out after which a process says where it is stuck
@@ -28,8 +28,9 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
     """
     layout = Layout(dp_replicate=config.dp_replicate, dp_shard=config.dp_shard, ep=config.ep, pp=config.pp)
     mesh = connect(layout, pick_device(config.device), timeout_seconds=config.comm_timeout)
+    watch = Watch(f"rank {mesh.rank}", _PATIENCE * config.comm_timeout) if mesh.distributed else None
     try:
-        yield Ranks(mesh, patience=_PATIENCE * config.comm_timeout)
+        yield Ranks(mesh, watch)
     except Exception as error:
         if mesh.distributed and not isinstance(error, UserError):
             # torchrun blames the first process that it finds gone. Let that be the one that died and not one that
@@ -37,7 +38,8 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
             time.sleep(_MANNERS)
         raise
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        if watch is not None:
+            watch.stop()
         disconnect()
 
 

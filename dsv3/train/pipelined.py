@@ -16,7 +16,7 @@ from dsv3.parallel.pipeline import Observer, Pipeline, schedule_over
 from dsv3.parallel.ranks import Ranks
 from dsv3.plan.schedules import make_schedule
 from dsv3.train.config import TrainConfig
-from dsv3.train.step import Losses, StepLosses
+from dsv3.train.step import Losses, Observe, StepLosses
 from dsv3.train.timetable import timetable
 
 
@@ -54,6 +54,7 @@ def pipelined_backward_step(
     eos_token_id: int | None,
     isolate: bool = False,
     ranks: Ranks | None = None,
+    observe: Observe | None = None,
     record: Observer | None = None,
 ) -> Losses:
     """Forward and backward of a whole step through the pipeline; gradients add up in `pipeline.model`.
@@ -73,11 +74,13 @@ def pipelined_backward_step(
         ranks=Ranks() if ranks is None else ranks,
     )
 
-    def observe(routings: dict[str, Routing], micro_batch: int) -> None:
+    def observe_all(routings: dict[str, Routing], micro_batch: int) -> None:
         balancer.observe(routings)
         step.observe(routings, micro_batch)
+        if observe is not None:
+            observe(routings, micro_batch)
 
     pipeline.step(
-        list(step.inputs()), step.loss, observe, aux_loss_scale=step.aux_loss_scale, mtp=step.mtp, record=record
+        list(step.inputs()), step.loss, observe_all, aux_loss_scale=step.aux_loss_scale, mtp=step.mtp, record=record
     )
     return step.means(pipeline.sum_)

@@ -6,6 +6,7 @@ data/           tokenizer, packed tokens, their hashes (not if the data was prep
 eval/           packed tokens of `eval_data`
 metrics.jsonl   one record a line, only ever appended to
 checkpoints/    step-00000100/, ... each whole or not there at all
+router/         which experts each token of some steps visited (`router_every`)
 figures/
 """
 

@@ -24,6 +24,9 @@ from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
 from dsv3.parallel.pipeline import PassInput
 from dsv3.parallel.ranks import Ranks
 
+Observe = Callable[[Mapping[str, Routing], int], None]
+"""(routings of a forward pass by layer name, the number of its micro-batch) -> nothing."""
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -153,10 +156,12 @@ def backward_step(
     eos_token_id: int | None,
     isolate: bool = False,
     ranks: Ranks | None = None,
+    observe: Observe | None = None,
 ) -> Losses:
     """Forward and backward of a whole step in micro-batches; gradients add up in the model (or its masters).
 
-    What is minimised, and the arguments: `StepLosses`. The balancer observes each token once.
+    What is minimised, and the arguments: `StepLosses`. The balancer observes each token once, and `observe` is told
+    the same routings.
     """
     step = StepLosses(
         model.config,
@@ -178,4 +183,6 @@ def backward_step(
         step.loss((hidden.main_BSD, *hidden.mtp), model.lm_head.weight, number).backward()
         balancer.observe(hidden.routings)
         step.observe(hidden.routings, number)
+        if observe is not None:
+            observe(hidden.routings, number)
     return step.means()

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dsv3.checkpoint.hf_config import config_to_hf, load_config, save_config
 from dsv3.checkpoint.locate import find_checkpoint, resolve_config
-from dsv3.checkpoint.pretrained import load_pretrained
 from dsv3.config import ModelConfig
 from dsv3.data.batches import SequenceSampler
 from dsv3.data.domains import load_domains, prepare_domains
@@ -27,7 +26,8 @@ from dsv3.model.balance import LoadBalancer, max_violation
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.ranks import Ranks
-from dsv3.parallel.shard import Sharding, cast_whole
+from dsv3.parallel.shard import Sharding
+from dsv3.train.beginning import begin_weights
 from dsv3.train.checkpoint import read_checkpoint, read_extra, write_snapshot
 from dsv3.train.config import TrainConfig
 from dsv3.train.corpus import check_prepared, open_data
@@ -39,6 +39,7 @@ from dsv3.train.loggers import MetricLogger, make_loggers, numbers
 from dsv3.train.muon import MasterMuon
 from dsv3.train.optim import MasterAdamW, MasterOptimizer
 from dsv3.train.pipelined import planned_stages
+from dsv3.train.router_record import RouterRecorder
 from dsv3.train.run import Run
 from dsv3.train.signals import StopSignals
 from dsv3.train.snapshot import CheckpointSaver, Snapshot
@@ -64,10 +65,10 @@ class Trainer:
         model_config: ModelConfig,
         data: PreparedData,
         *,
-        model: Transformer | None = None,
+        checkpoint: Path | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """`model`, of `model_config` and in FP32, is what the run starts from; None draws its weights.
+        """`checkpoint`, one of this run's own, is what it goes on from; None is its beginning.
 
         ranks: the processes that train together, all of which make the same calls; None is this one alone.
         """
@@ -75,16 +76,15 @@ class Trainer:
         self.ranks = Ranks(Mesh(device=pick_device(config.device))) if ranks is None else ranks
         self.device = self.ranks.mesh.device
         self.eos_token_id = data.tokenizer.eos_id
-        torch.manual_seed(config.seed)
         self.dtype = pick_dtype(config.dtype, self.device)
-        whole = Transformer(model_config) if model is None else model
+        with torch.device("meta"):
+            whole = Transformer(model_config)
         self.execution = make_execution(whole, config, self.ranks, self.eos_token_id, self.dtype)
         self.model, self.sharding = self.execution.model, self.execution.sharding
-        # Masters are made from FP32 weights, so that a BF16 run starts from the same model as an FP32 one.
-        weights = {name: self.sharding.own(name, p.detach()).clone() for name, p in self.model.named_parameters()}
-        cast_whole(self.model, self.dtype)
         self.optimizer = _make_optimizer(self.model, config, self.sharding)
-        self.optimizer.load_masters(weights)
+        if checkpoint is None:  # one of the run's own has all that is needed, so `init` may be gone by then
+            init = None if config.init is None else Path(config.init)
+            begin_weights(self.model, self.optimizer, seed=config.seed, init=init)
         self.ema = None if config.ema_decay is None else Ema(self.optimizer.masters(), config.ema_decay)
         self.balancer = LoadBalancer(self.model, self.execution.sum_counts)
         self.guard = Guard(threshold=config.spike_threshold, give_up_after=config.give_up_after)
@@ -101,6 +101,8 @@ class Trainer:
         )
         self.timetable = list(timetable(config))
         self.step = 0  # optimizer steps done: with the timetable, all there is to know of where the run is
+        if checkpoint is not None:
+            self.restore(checkpoint)
 
     @property
     def total_steps(self) -> int:
@@ -121,7 +123,10 @@ class Trainer:
         started = time.perf_counter()
         first, count = self.ranks.share(plan.sequences)
         tokens_BS1 = self.sampler.sequences(plan.first_sequence + first, count).to(self.device)
-        losses = self.execution.backward_step(self.balancer, tokens_BS1, plan)
+        recorded = config.router_every and plan.number % config.router_every == 0
+        recorder = RouterRecorder(self.model.config, config, plan, tokens_BS1, first) if recorded else None
+        observe = recorder.observe if recorder is not None else None
+        losses = self.execution.backward_step(self.balancer, tokens_BS1, plan, observe)
         norm = self.optimizer.grad_norm()
         verdict = self.guard.judge(plan.number, losses.main, norm)
         if verdict.action != "ok":
@@ -132,6 +137,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.optimizer.masters())
         loads = self.execution.all_loads(self.balancer.update(plan.bias_update_speed))
+        if recorder is not None:
+            recorder.save(self.run.path, plan.number, self.ranks)
         self.step += 1
         seconds = time.perf_counter() - started
         return {
@@ -215,7 +222,7 @@ class Trainer:
                 self._log_evaluation(display)
             stopping = self.ranks.any(stop.asked)
             while self.step < self.total_steps and not stopping:
-                self.ranks.heartbeat()
+                self.ranks.heartbeat(self._doing)
                 plan = self.timetable[self.step]
                 record = self.train_step()
                 if "skipped" in record:
@@ -235,7 +242,13 @@ class Trainer:
         if self.step < self.total_steps:
             display.log(f"stopped and saved at step {self.step}; continue: dsv3 train --resume {self.run.path}")
 
+    def _doing(self) -> str:
+        """How far this process has come, in words."""
+        at = self.execution.activity()
+        return f"after {self.step} steps of {self.total_steps}" + (f", at {at}" if at else "")
+
     def _log_evaluation(self, display: Display) -> None:
+        self.ranks.heartbeat(self._doing)
         values = self.evaluate(self.data.sources)
         record: dict[str, Any] = {"step": self.step, "bits_per_byte": self._mean(values)}
         message = f"step {self.step}: held-out bits per byte {record['bits_per_byte']:.4f}"
@@ -322,7 +335,7 @@ def start_run(config: TrainConfig, report: Callable[[str], None], ranks: Ranks |
         init=None if init is None else str(init),
     )
     ranks.first_alone(lambda: save_config(run.path, config_to_hf(model_config, dtype=torch.float32)))
-    trainer = Trainer(run, config, model_config, data, model=_initial_model(config, model_config), ranks=ranks)
+    trainer = Trainer(run, config, model_config, data, ranks=ranks)
     ranks.first_alone(lambda: run.save_settings(config))
     return trainer
 
@@ -338,18 +351,9 @@ def resume_run(path: Path, ranks: Ranks | None = None, spread: Mapping[str, Any]
     ranks = Ranks(Mesh(device=pick_device(config.device))) if ranks is None else ranks
     data = load_prepared(run.data if is_prepared(run.data) else Path(config.data))
     model_config, checkpoints = load_config(run.path), run.checkpoints()
-    # Weights that a checkpoint will replace need not be read, so `init` may be gone by then.
-    model = None if checkpoints else _initial_model(config, model_config)
     ranks.wait()  # until all have looked: the next step tidies up among the checkpoints
-    trainer = Trainer(run, config, model_config, data, model=model, ranks=ranks)
-    if checkpoints:
-        trainer.restore(checkpoints[-1])
-    return trainer
-
-
-def _initial_model(config: TrainConfig, model_config: ModelConfig) -> Transformer | None:
-    """The weights of `init` in a model of `model_config`, if a run starts from any."""
-    return None if config.init is None else load_pretrained(config.init, dtype=torch.float32, config=model_config)
+    checkpoint = checkpoints[-1] if checkpoints else None
+    return Trainer(run, config, model_config, data, checkpoint=checkpoint, ranks=ranks)
 
 
 def _make_optimizer(model: nn.Module, config: TrainConfig, sharding: Sharding) -> MasterOptimizer:

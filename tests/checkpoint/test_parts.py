@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from dsv3.checkpoint.names import canonical_tensors
-from dsv3.checkpoint.parts import create_file, fill_file, held_pieces
+from dsv3.checkpoint.parts import create_file, fill_file, held_pieces, read_parts
+from dsv3.checkpoint.pretrained import load_pretrained
+from dsv3.checkpoint.source import Checkpoint
 from dsv3.checkpoint.writer import TensorEntry, write_folder
 from dsv3.config import ModelConfig
 from dsv3.model.transformer import Transformer
@@ -57,6 +59,22 @@ def test_each_row_of_each_tensor_is_written_once_and_is_right(layout):
             assert torch.equal(ours, piece.tensor.view(state)[piece.rows]), piece
     for name, counts in written.items():
         assert bool((counts == 1).all()), name
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_rows_are_read_as_the_whole_is_from_fp8_blocks_too(fp8_folder, ranks):
+    """The cuts lie within blocks of 128 rows, and experts of 136 rows begin within them."""
+    whole = load_pretrained(fp8_folder, dtype=torch.float32)
+    state = whole.state_dict()
+    for mesh in meshes(Layout(ranks)):
+        sharding = shard_parameters(whole, mesh, torch.float32)
+        held = {}
+        for name, tensor in state.items():
+            part = sharding.part(name, tensor)
+            held[name] = torch.full_like(tensor[part.begin : part.end], float("nan")), part.begin
+        read_parts(Checkpoint(fp8_folder), whole.config, held)
+        for name, (rows, first) in held.items():
+            assert torch.equal(rows, state[name][first : first + len(rows)]), name
 
 
 def test_a_file_filled_in_pieces_is_the_file_written_at_once(tmp_path, generator):

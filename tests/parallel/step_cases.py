@@ -104,8 +104,12 @@ def compare_steps(
             note("mtp", *(torch.tensor(side.mtp, dtype=torch.float64) for side in reversed(losses)))
         theirs, ours = alone.optimizer.gradients(), together.optimizer.gradients()
         assert theirs.keys() == ours.keys()
+        theirs = {
+            name: rows_of(together.sharding.part(name, gradient), theirs[name]) for name, gradient in ours.items()
+        }
         for name, gradient in ours.items():
-            note("gradient", gradient, rows_of(together.sharding.part(name, gradient), theirs[name]))
+            note("gradient", gradient, theirs[name])
+        note("all gradients", *(torch.cat([side[name].flatten() for name in ours]) for side in (ours, theirs)))
         if not steps:
             return worst
         norms = alone.optimizer.grad_norm(), together.optimizer.grad_norm()

@@ -15,11 +15,23 @@ import pytest
 from dsv3.train.run import Run
 
 STEPS = 8
+LAYOUTS = {
+    "ep 2": (2, "--ep 2"),
+    "pp 2": (2, "--pp 2 --micro-batch-size 1"),
+    "pp 2 x ep 2": (4, "--pp 2 --ep 2 --micro-batch-size 1 --schedule 1F1B"),
+}
+# Each rank of each layout in turn; one of them in every run of the suite.
+KILLED = [
+    pytest.param(layout, rank, marks=[] if (layout, rank) == ("pp 2", 1) else pytest.mark.slow)
+    for layout, (processes, _) in LAYOUTS.items()
+    for rank in range(processes)
+]
 
 
-def command(out: Path, text: Path, *options: str, restarts: int) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    train = ["-m", "dsv3", "train", "--out", str(out), "--data", str(text), "--model", "micro", "--ep", "2"]
+def command(out: Path, text: Path, layout: str, restarts: int) -> list[str]:
+    processes, options = LAYOUTS[layout]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    train = ["-m", "dsv3", "train", "--out", str(out), "--data", str(text), "--model", "micro", *options.split()]
     settings = {
         "tokens": STEPS * 4 * 32,
         "batch-size": 4,
@@ -33,7 +45,7 @@ def command(out: Path, text: Path, *options: str, restarts: int) -> list[str]:
         "comm-timeout": 20,
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    return [*torchrun, "--max-restarts", str(restarts), *train, *flags, *options]
+    return [*torchrun, "--max-restarts", str(restarts), *train, *flags]
 
 
 def environment() -> dict[str, str]:
@@ -66,19 +78,25 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, text) -> list[tuple[int, float]]:
+def whole(request, tmp_path_factory, text) -> tuple[str, list[tuple[int, float]]]:
+    """A layout, and the losses of the run under it that nobody disturbs."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run(command(out, text, restarts=0), env=environment(), check=True, timeout=300, capture_output=True)
-    return losses(out)
+    whole = command(out, text, request.param, restarts=0)
+    subprocess.run(whole, env=environment(), check=True, timeout=300, capture_output=True)
+    return request.param, losses(out)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds torchrun's children in /proc")
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("whole", "rank"), KILLED, indirect=["whole"])
 def test_killed_in_the_middle_it_goes_on_by_itself(tmp_path, text, whole, rank):
+    layout, undisturbed = whole
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command(out, text, restarts=1), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(out, text, layout, restarts=1),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     deadline = time.monotonic() + 240
     while not Run(out).checkpoints():
@@ -88,7 +106,9 @@ def test_killed_in_the_middle_it_goes_on_by_itself(tmp_path, text, whole, rank):
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert f"local_rank: {rank}" in output and "-9" in output, output
-    assert losses(out) == whole
+    assert losses(out) == undisturbed
+    # It went on from the checkpoint and did not begin anew.
+    assert (out / "metrics.jsonl").read_text().count('"step":1,') == 1
 
 
 @pytest.mark.slow
@@ -96,7 +116,11 @@ def test_killed_in_the_middle_it_goes_on_by_itself(tmp_path, text, whole, rank):
 def test_without_restarts_the_job_ends_and_names_who_died(tmp_path, text):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command(out, text, restarts=0), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(out, text, "ep 2", restarts=0),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     deadline = time.monotonic() + 240
     while not (out / "train.json").exists():

@@ -7,10 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dsv3.checkpoint.hf_config import load_config
+from dsv3.checkpoint.pretrained import load_pretrained
+from dsv3.model.transformer import Transformer
 from dsv3.parallel.ranks import Ranks
+from dsv3.train.router_record import read_router_record, router_records
 from dsv3.train.run import Run
 from dsv3.train.trainer import resume_run
-from tests.parallel.trainer_cases import Silent, failing_start, resume_together, run_together, settings, whole_run
+from tests.parallel.trainer_cases import (
+    Silent,
+    beginning,
+    failing_start,
+    resume_together,
+    run_together,
+    settings,
+    whole_run,
+)
 from tests.parallel.world import mesh_of
 
 TWO = {"zero ep": {"dp_replicate": 2, "ep": 2}, "fsdp": {"dp_shard": 2}}
@@ -123,6 +135,60 @@ def test_a_step_spoiled_on_one_rank_is_left_out_by_all(world2, tmp_path, text):
     assert "not finite" in records[1]["skipped"] or "nan" in records[1]["skipped"]
     assert "on rank" in records[1]["skipped"]
     assert "loss" in records[2] and "loss" in records[3]
+
+
+@pytest.mark.parametrize("init", [False, True], ids=["drawn", "read"])
+@pytest.mark.parametrize(
+    ("layout", "spread"),
+    [
+        ({"dp_replicate": 2, "ep": 2}, {}),
+        ({"dp_shard": 2}, {}),
+        ({"pp": 2}, {"pp": 2, "schedule": "DualPipe", "micro_batch_size": 1}),
+    ],
+    ids=["zero ep", "fsdp", "pp"],
+)
+def test_every_layout_begins_with_the_weights_of_one_process(world2, tmp_path, text, alone, layout, spread, init):
+    """Each rank has drawn, or read, its rows and no others; together they have all."""
+    start = {"init": str(alone.checkpoints()[0]), "model": None} if init else {"seed": 3}
+    config = settings(tmp_path / "run", text, **start, **spread)
+    if init:
+        model = load_pretrained(alone.checkpoints()[0], dtype=torch.float32)
+    else:
+        model = Transformer(load_config(alone.path))
+        model.init_weights(3)
+    whole, seen = model.state_dict(), {name: set() for name in model.state_dict()}
+    for held in world2.run(beginning, layout=layout, config=config):
+        for key, (first, rows) in held.items():
+            name = key.removesuffix(" in the model")
+            assert torch.equal(rows, whole[name][first : first + len(rows)]), key
+            seen[name] |= set(range(first, first + len(rows)))
+    assert all(rows == set(range(len(whole[name]))) for name, rows in seen.items())
+
+
+@pytest.mark.parametrize(
+    ("layout", "spread"),
+    [
+        ({"dp_replicate": 2, "ep": 2}, {}),
+        ({"dp_shard": 2}, {"micro_batch_size": 2}),  # the last micro-batch of three sequences has one
+        ({"pp": 2}, {"pp": 2, "schedule": "1F1B"}),
+        ({"pp": 2}, {"pp": 2, "schedule": "DualPipe", "recompute": "full"}),
+    ],
+    ids=["ep", "fsdp", "1F1B", "DualPipe"],
+)
+def test_the_record_of_a_steps_routing_does_not_tell_the_layout(world2, tmp_path, text, layout, spread):
+    short = {"tokens": str(3 * 6 * 32), "micro_batch_size": 1, "eval_every": 99, "save_every": 99, "router_every": 2}
+    alone = whole_run(settings(tmp_path / "alone", text, **short, sample_tokens=0)).run.path
+    config = settings(tmp_path / "run", text, **{**short, **spread}, sample_tokens=0)
+    world2.run(run_together, layout=layout, config=config)
+    (ours,), (theirs,) = map(router_records, (tmp_path / "run", alone))
+    assert ours.name == theirs.name and ours.stat().st_size == theirs.stat().st_size
+    a, b = map(read_router_record, (ours, theirs))
+    assert a.step == b.step == 2 and torch.equal(a.tokens_BS, b.tokens_BS) and a.tokens_BS.any(1).all()
+    assert list(a.expert_ids) == list(b.expert_ids) == ["layers.1", "layers.2", "mtp.0"]
+    for layer, ids in b.expert_ids.items():
+        same = a.expert_ids[layer] == ids  # but for the rounding of the step before
+        assert same.float().mean() > 0.99, layer
+        torch.testing.assert_close(a.weights[layer][same], b.weights[layer][same], rtol=0, atol=5e-3)
 
 
 def test_what_the_first_process_refuses_all_refuse(world2, tmp_path):

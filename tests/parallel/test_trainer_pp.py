@@ -103,17 +103,20 @@ def test_the_run_of_a_pipeline_is_that_of_one_process(world2, tmp_path, text, al
     assert again.keys() == last.keys() and all(torch.equal(value, last[name]) for name, value in again.items())
 
 
-def test_a_run_goes_from_one_process_to_a_pipeline_and_back(world2, tmp_path, alone):
-    """Each reads what the one before wrote; the last steps are those of the run that was never moved."""
+def test_a_run_goes_from_a_pipeline_to_one_process_and_on_to_another_pipeline(world2, tmp_path, alone):
+    """One process to step 5, 1F1B to 10, one process to 15, DualPipe to 20: each reads what the one before wrote, and
+    all steps are those of the run that was never moved."""
     run = Run(tmp_path / "run")
     shutil.copytree(alone.path, run.path)
-    forget_after(run, 10)
-    world2.run(resume_pipeline, run=run.path, spread={"pp": 2, "schedule": "DualPipe"})
-    assert_same_records(run, alone)
-    assert_same_checkpoint(run.checkpoints()[2], alone.checkpoints()[2], tolerance=5e-3)
-    forget_after(run, 15)
-    resume_run(run.path).fit(Silent())
-    assert_same_records(run, alone)
+    for step, spread in ((5, SPREADS["1F1B"]), (10, None), (15, SPREADS["DualPipe"])):
+        forget_after(run, step)
+        if spread is None:
+            resume_run(run.path).fit(Silent())
+        else:
+            world2.run(resume_pipeline, run=run.path, spread=spread)
+        assert_same_records(run, alone)
+        ours, theirs = (next(c for c in r.checkpoints() if c.name.endswith(f"{step + 5}")) for r in (run, alone))
+        assert_same_checkpoint(ours, theirs, tolerance=5e-3)
 
 
 @pytest.mark.parametrize("spread", SPREADS.values(), ids=SPREADS)

@@ -6,8 +6,12 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
+
 from dsv3.parallel.ranks import Ranks
 from dsv3.train.config import TrainConfig
+from dsv3.train.execution import Pipelined
 from dsv3.train.trainer import Trainer, resume_run, start_run
 from tests.parallel.world import mesh_of
 
@@ -53,7 +57,9 @@ def run_together(layout: dict[str, int], config: TrainConfig, **trouble: int) ->
     """A run from its start to its end. nan_at: the step in which one rank's gradient is not a number."""
     ranks = Ranks(mesh_of(**layout))
     with spoiled(trouble.get("nan_at"), ranks):
-        whole_run(config, ranks)
+        trainer = whole_run(config, ranks)
+    if isinstance(trainer.execution, Pipelined):
+        trainer.execution.pipeline.close()
 
 
 @contextlib.contextmanager
@@ -80,6 +86,23 @@ def spoiled(step: int | None, ranks: Ranks):
 def resume_together(layout: dict[str, int], run: Path) -> None:
     ranks = Ranks(mesh_of(**layout))
     resume_run(run, ranks).fit(Silent())
+
+
+def beginning(layout: dict[str, int], config: TrainConfig) -> dict[str, tuple[int, torch.Tensor]]:
+    """What this rank has of a new run's weights, each with its first row; nothing is trained.
+
+    Its masters, and what its model has of dense parameters that FSDP2 does not divide, `name in the model`.
+    """
+    ranks = Ranks(mesh_of(**layout))
+    trainer = start_run(config, lambda message: None, ranks)
+    masters = trainer.optimizer.masters()
+    held = {name: (trainer.sharding.part(name, rows).begin, rows) for name, rows in masters.items()}
+    for name, tensor in trainer.model.state_dict().items():
+        if not isinstance(tensor, DTensor) and (name not in masters or ".experts." not in name):
+            held[f"{name} in the model"] = 0, tensor
+    if isinstance(trainer.execution, Pipelined):
+        trainer.execution.pipeline.close()
+    return {name: (first, rows.clone()) for name, (first, rows) in held.items()}
 
 
 def failing_start(layout: dict[str, int], config: TrainConfig) -> str:
