@@ -1,4 +1,4 @@
-"""The kernels of native.cpp: compiled once on the machine that runs them, called with the addresses of tensors.
+"""The kernels of `kernels/`: compiled once on the machine that runs them, called with the addresses of tensors.
 
 Decoding on a CPU is many small steps. PyTorch takes longer to begin an operation than a token's share of it takes to
 run, and multiplies a few rows by an expert's weights far slower than memory delivers these. What an operation is, its
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dsv3.ops.latents import Latents
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_SOURCES = Path(__file__).with_name("kernels")
 _FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-march=native")
 
 
@@ -52,7 +52,7 @@ _ARGUMENTS = {  # of each kernel: pointers, integers, floats, maps
     "latent_attention": "piipiipipppfpppiiiiiiiii",
 }
 _STEP = 32  # inputs that a dot product takes at a time
-_OUTS = 4  # outputs that are computed at a time
+_TILE = 4  # outputs that are computed at a time
 _MAX_EXPERTS = 1024
 
 
@@ -75,7 +75,8 @@ def library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if os.environ.get("DSV3_NATIVE") == "0" or compiler is None or platform.system() != "Linux":
         return None
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr((compiler, _FLAGS, _cpu())).encode()).hexdigest()[:16]
+    made_of = [path.read_bytes() for path in sorted(_SOURCES.iterdir())] + [repr((compiler, _FLAGS, _cpu())).encode()]
+    key = hashlib.sha256(b"".join(made_of)).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3"
     path = cache / f"native-{key}.so"
     try:
@@ -103,9 +104,8 @@ def _build(compiler: str, path: Path) -> None:
     # Beside its place and renamed: of several processes that build at once, one wins and none reads half a file.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        subprocess.run(
-            [compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], check=True, capture_output=True, timeout=120
-        )
+        command = [compiler, *_FLAGS, str(_SOURCES / "kernels.cpp"), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
         os.replace(built, path)
 
 
@@ -160,7 +160,7 @@ def linear(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor | None = None) -> Te
 def takes_linear(weight_OI: Tensor) -> bool:
     """Whether there is a kernel for maps with such weights, BF16 or int8."""
     num_outputs, num_inputs = weight_OI.shape
-    return _takes_weights(weight_OI) and not (num_inputs % _STEP or num_outputs % _OUTS)
+    return _takes_weights(weight_OI) and not (num_inputs % _STEP or num_outputs % _TILE)
 
 
 def _takes_weights(weight: Tensor) -> bool:
@@ -245,7 +245,7 @@ def latent_attention(
     """`ops.attention.absorbed_attention`, or None if the kernel does not take these. Copies no latent."""
     (B, S, H, N), T, R = q_nope_BSHN.shape, latents.shape[1], q_rope_BSHR.shape[-1]
     V, C = up_HMC.shape[1] - N, up_HMC.shape[2]
-    if not usable(q_nope_BSHN, latents.rows, up_HMC) or C % _STEP or R % _STEP or V % _OUTS:
+    if not usable(q_nope_BSHN, latents.rows, up_HMC) or C % _STEP or R % _STEP or V % _TILE:
         return None
     if latents.rows.stride()[-2:] != (C + R, 1) or not up_HMC.is_contiguous():
         return None
