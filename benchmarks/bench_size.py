@@ -120,17 +120,18 @@ def draw(report: dict[str, Any], path: Path) -> None:
         memory.set_xticks(x, [f"{value:,}" for value in x])
         memory.set_xlabel(label)
         for ax in (speed, memory):
-            ax.set_ylim(bottom=0)
             ax.grid(axis="y", color="0.9")
             ax.spines[["top", "right"]].set_visible(False)
             ax.legend(frameon=False, loc="lower left")
+    for row in axes:
+        row[0].set_ylim(bottom=0, top=1.15 * max(ax.dataLim.ymax for ax in row))  # of both columns, which share it
     routing = axes[1][1].twinx()
     rows = report["experts"]
     routing.plot([row["experts"] for row in rows], [row["routing_ms"] for row in rows], "s--", color="C1")
     routing.set_ylim(bottom=0)
     routing.set_ylabel("routing of one layer, ms", color="C1")
     routing.spines["top"].set_visible(False)
-    title = f"Training step without weights and gradients, preset {report['preset']}, BF16, CPU"
+    title = f"Cost of a training step, preset {report['preset']}, BF16, CPU; memory is without weights and gradients"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=110)
 
