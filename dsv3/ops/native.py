@@ -75,14 +75,19 @@ def library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if os.environ.get("DSV3_NATIVE") == "0" or compiler is None or platform.system() != "Linux":
         return None
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user whom the system does not know, without HOME
+        return None
     made_of = [path.read_bytes() for path in sorted(_SOURCES.iterdir())] + [repr((compiler, _FLAGS, _cpu())).encode()]
     key = hashlib.sha256(b"".join(made_of)).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3"
-    path = cache / f"native-{key}.so"
+    path = Path(home) / "dsv3" / f"native-{key}.so"
     try:
         if not path.exists():
-            cache.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _build(compiler, path)
+        if not (_is_ours(path.parent) and _is_ours(path)):
+            return None
         found = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
@@ -106,7 +111,14 @@ def _build(compiler: str, path: Path) -> None:
         built = Path(folder) / path.name
         command = [compiler, *_FLAGS, str(_SOURCES / "kernels.cpp"), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
+        built.chmod(0o700)
         os.replace(built, path)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else can have put it there: what it holds will be run."""
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def _cpu() -> str:
@@ -189,7 +201,9 @@ def select_experts(
         return None
     if E > _MAX_EXPERTS or not scores_TE.is_contiguous() or library() is None:
         return None
-    ids_TK, weights_TK = torch.empty(T, chosen, dtype=torch.int64), scores_TE.new_empty(T, chosen)
+    ids_TK, weights_TK = scores_TE.new_empty(T, chosen, dtype=torch.int64), scores_TE.new_empty(T, chosen)
+    if bias_E is not None and not (bias_E.dtype == torch.float32 and bias_E.is_contiguous()):
+        return None
     bias = None if bias_E is None else bias_E.data_ptr()
     loaded().select_experts(
         *(scores_TE.data_ptr(), bias, ids_TK.data_ptr(), weights_TK.data_ptr()),
@@ -245,7 +259,7 @@ def latent_attention(
     """`ops.attention.absorbed_attention`, or None if the kernel does not take these. Copies no latent."""
     (B, S, H, N), T, R = q_nope_BSHN.shape, latents.shape[1], q_rope_BSHR.shape[-1]
     V, C = up_HMC.shape[1] - N, up_HMC.shape[2]
-    if not usable(q_nope_BSHN, latents.rows, up_HMC) or C % _STEP or R % _STEP or V % _TILE:
+    if not usable(q_nope_BSHN, q_rope_BSHR, latents.rows, up_HMC) or C % _STEP or R % _STEP or V % _TILE:
         return None
     if latents.rows.stride()[-2:] != (C + R, 1) or not up_HMC.is_contiguous():
         return None
@@ -256,7 +270,7 @@ def latent_attention(
     threads = torch.get_num_threads()
     out = nope.new_empty(B, S, H, V)
     queries = nope.new_empty(B * S, H, C + R)
-    scratch = torch.empty(threads * 8 * C)
+    scratch = nope.new_empty(threads * 8 * C, dtype=torch.float32)
     loaded().latent_attention(
         *(nope.data_ptr(), *nope.stride()[:2], rope.data_ptr(), *rope.stride()[:2]),
         *(latents.rows.data_ptr(), apart, None if slots is None else slots.data_ptr()),

@@ -92,8 +92,8 @@ class FusedBlock(nn.Module):
         residual, x, out = (torch.empty_like(h_1nD) for _ in range(3))
         router = bias = None
         K = K if E else 0
-        ids_nK, counts_E = torch.empty(n, K, dtype=torch.int64), torch.empty(E, dtype=torch.int64)
-        scores_nE, weights_nK = torch.empty(n, E), torch.empty(n, K)
+        ids_nK, counts_E = (h_1nD.new_empty(shape, dtype=torch.int64) for shape in ((n, K), (E,)))
+        scores_nE, weights_nK = (h_1nD.new_empty(n, width, dtype=torch.float32) for width in (E, K))
         if isinstance(mlp, DeepSeekMoE):
             router, bias = mlp.router.weight, mlp.router.e_score_correction_bias
         lib.block_between(

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dsv3.model.rope import rotate
 from dsv3.model.router import select_experts
@@ -174,6 +175,54 @@ def test_nothing_is_taken_that_is_not_for_the_kernels(generator):
     assert native.linear(x[:, :40], weight[:, :40].contiguous()) is None
     with torch.inference_mode(False):
         assert native.linear(x, weight) is None and native.rms_norm(x, weight[0], 1e-6) is None
+
+
+def test_of_any_default_dtype(generator):
+    """Scratch is FP32 whatever torch makes by default: half of it would be written past its end."""
+    q, up = random(1, 2, 8, 64, generator=generator), random(8, 64, 512, generator=generator)
+    latents, scores_TE = Latents(random(1, 9, 544, generator=generator)), torch.rand(2, 16, generator=generator)
+    made = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend([out] if isinstance(out, torch.Tensor) and "empty" in func.__name__ else [])
+            return out
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with Watched():
+            assert native.latent_attention(*q.split(32, dim=-1), latents, up, 0.3, None) is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert any(x.nbytes == torch.get_num_threads() * 8 * 512 * 4 for x in made)
+    biased = {"chosen": 2, "groups": 1, "kept_groups": 1, "pairs": False, "normalised": True, "factor": 1.0}
+    assert native.select_experts(scores_TE, torch.zeros(16), **biased) is not None
+    assert native.select_experts(scores_TE, torch.zeros(16).bfloat16(), **biased) is None
+
+
+def test_only_a_library_that_nobody_else_can_have_written_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.library.__wrapped__() is not None
+    folder = tmp_path / "dsv3"
+    (built,) = folder.iterdir()
+    for path in (folder, built):
+        assert not path.stat().st_mode & 0o077
+        path.chmod(0o777)
+        assert native.library.__wrapped__() is None
+        path.chmod(0o700)
+    assert native.library.__wrapped__() is not None
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    assert native.library.__wrapped__() is None
+
+
+def test_without_a_home_there_are_no_kernels(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", nowhere)
+    assert native.library.__wrapped__() is None
 
 
 def test_it_can_be_switched_off():

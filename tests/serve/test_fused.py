@@ -83,6 +83,23 @@ def test_each_block_is_the_block(name, quantization, calls, generator):
     assert len(calls) == 2 * len(blocks)
 
 
+def test_routing_is_fp32_whatever_torch_makes_by_default(generator):
+    config = variant("v3")
+    model = random_model(config, generator, torch.bfloat16)
+    pack_weights(model)
+    block = next(module for module in model.modules() if isinstance(module, FusedBlock) and module._num_experts)
+    cache = LatentCache(config, 1, 9, dtype=torch.bfloat16)
+    h = torch.randn(1, 3, 64, generator=generator).bfloat16()
+    with torch.inference_mode():
+        context = make_context(config, cache.positions(0, 3), h.device, cache=cache)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            _, routing = block(h, context)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert routing.scores_TE.dtype == routing.weights_TK.dtype == torch.float32
+
+
 def test_what_the_calls_do_not_take_goes_to_the_block(calls, generator):
     config = variant("v3")
     model = random_model(config, generator, torch.bfloat16)
