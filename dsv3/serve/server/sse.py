@@ -41,7 +41,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for event in self._events:
-                await send(_body(json.dumps(event, ensure_ascii=False, allow_nan=False)))
+                await send(_body(json.dumps(event, allow_nan=False)))
             await send(_body("[DONE]"))
         except Exception as error:
             answer = from_exception(error)
@@ -52,4 +52,5 @@ class EventStream(Response):
 
 
 def _body(data: str) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": f"data: {data}\n\n".encode(errors="replace"), "more_body": True}
+    # ASCII, everything else escaped: many a client takes U+0085 or U+2028 in a text for the end of the line.
+    return {"type": "http.response.body", "body": f"data: {data}\n\n".encode("ascii"), "more_body": True}
