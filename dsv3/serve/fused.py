@@ -56,12 +56,11 @@ class FusedBlock(nn.Module):
 
     def forward(self, h_BSD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
         B, n, _ = h_BSD.shape
-        if B > 1 or n > _FEW_TOKENS or context.cache is None or has_torch_function((h_BSD,)):
+        few = B == 1 and n <= _FEW_TOKENS and context.cache is not None and not has_torch_function((h_BSD,))
+        if not (few and native.usable(h_BSD) and h_BSD.is_contiguous()):
             out: tuple[Tensor, Routing | None] = self.block(h_BSD, context)
             return out
-        if not (native.usable(h_BSD) and h_BSD.is_contiguous()):
-            out = self.block(h_BSD, context)
-            return out
+        assert context.cache is not None
         q_1nHK, latent_1nX = self._before(h_BSD, context)
         attn, config = self.block.self_attn, self._config
         pieces = context.cache.append(attn.layer, latent_1nX)

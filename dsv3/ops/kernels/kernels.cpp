@@ -85,8 +85,8 @@ void rotate(const bf16* x, int64_t token_stride, int64_t head_stride, const floa
 // then W_UV. mask [B, S, T]: not 0 where a query may look; null: the S queries are the last of the T positions.
 // Scratch: queries [B * S, H, C + R] BF16; scratch [threads, 8, C] floats.
 void latent_attention(const bf16* nope, int64_t nope_token, int64_t nope_head, const bf16* rope, int64_t rope_token,
-                      int64_t rope_head, const bf16* latents, int64_t apart, const int64_t* slots, const bf16* up, const uint8_t* mask, float scale, bf16* y,
-                      bf16* queries, float* scratch, int64_t B, int64_t S, int64_t T, int64_t H, int64_t N, int64_t C,
+                      int64_t rope_head, const bf16* latents, int64_t apart, const int64_t* slots, const bf16* up,
+                      const uint8_t* mask, float scale, bf16* y, bf16* queries, float* scratch, int64_t B, int64_t S, int64_t T, int64_t H, int64_t N, int64_t C,
                       int64_t R, int64_t V, int64_t threads) {
     const int64_t X = C + R, tokens = B * S;
 #pragma omp parallel num_threads(threads)
