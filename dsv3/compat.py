@@ -55,38 +55,6 @@ def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     return out
 
 
-def has_int8_weight_gemm() -> bool:
-    """Whether this torch multiplies by int8 weights."""
-    return hasattr(torch.ops.aten, "_weight_int8pack_mm")
-
-
-def int8_weight_linear(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """x (weight * scale)^T in x's dtype, which is the scale's; the weight int8. Needs `has_int8_weight_gemm()`.
-
-    I must be a multiple of 16: the kernel does not check, skips the rest and reads past the end.
-    """
-    out: Tensor = torch.ops.aten._weight_int8pack_mm(x_NI, weight_OI, scale_O)
-    return out
-
-
-def has_int4_weight_gemm() -> bool:
-    """Whether this torch multiplies by int4 weights on a CPU."""
-    names = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
-    return all(hasattr(torch.ops.aten, name) for name in names)
-
-
-def pack_int4_weight(weight_OI: Tensor) -> Tensor:
-    """Integers from 0 to 15 (int32), two to a byte in the order of this CPU's kernel. O a multiple of 16."""
-    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight_OI, 1)
-    return packed
-
-
-def int4_weight_linear(x_NI: Tensor, packed: Tensor, group: int, scale_and_zero_GO2: Tensor) -> Tensor:
-    """x ((w - 8) * scale + zero)^T in x's dtype, which is the scales'; G = I / group groups, of at least 32."""
-    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_NI, packed, group, scale_and_zero_GO2)
-    return out
-
-
 def cpu_has_int8_gemm() -> bool:
     """Whether torch can multiply int8 by int8 on this CPU. Without VNNI pairs of products could saturate at 16 bits."""
     probe = getattr(torch.cpu, "_is_vnni_supported", None)

@@ -42,7 +42,7 @@ def grouped_swiglu(x_ND: Tensor, weights_N: Tensor, counts_E: Tensor, gate_up_EG
     A few rows, in inference on a CPU, go to a kernel of our own.
     """
     if few_rows(x_ND, counts_E):
-        fast = native.experts(x_ND, weights_N, counts_E, gate_up_EGD, down_EDF)
+        fast = native.experts(x_ND, weights_N, counts_E, native.bf16_weight(gate_up_EGD), native.bf16_weight(down_EDF))
         if fast is not None:
             return fast
     kernel = _grouped_mm_swiglu if _has_grouped_gemm(x_ND) else _LoopSwiGLU.apply

@@ -19,6 +19,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +30,60 @@ from torch import Tensor
 from dsv3.ops.latents import Latents
 
 _SOURCES = Path(__file__).with_name("kernels")
-_FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-march=native")
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-march=native")
 
 
 class Map(ctypes.Structure):
-    """A linear map's weight for the kernels of a block; whoever makes it keeps the tensors."""
+    """A linear map's weight for the kernels; whoever makes it keeps the tensors. bits: 16 (BF16), 8 or 4."""
 
-    _fields_ = (("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p))
+    _fields_ = (("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("bits", ctypes.c_int64))
+
+
+def _pointers_and_sizes(pointers: str, sizes: str) -> list[tuple[str, Any]]:
+    fields: list[tuple[str, Any]] = [(name, ctypes.c_void_p) for name in pointers.split()]
+    return fields + [(name, ctypes.c_int64) for name in sizes.split()]
+
+
+class _Queries(ctypes.Structure):
+    _fields_ = _pointers_and_sizes("nope rope", "nope_token nope_head rope_token rope_head")
+
+
+class Piece(ctypes.Structure):
+    """Latents of some sequences and who looks at which, as in `kernels/attention.h`."""
+
+    _fields_ = _pointers_and_sizes("slots mask", "apart B S T")
+
+
+class Pass(ctypes.Structure):
+    """What the blocks of a pass share, as in `kernels/block.h`."""
+
+    _fields_ = _pointers_and_sizes("cos sin slots pieces", "n num_pieces")
+
+
+class Block(ctypes.Structure):
+    """A block's weights and sizes, as in `kernels/block.h`."""
+
+    _fields_ = (
+        *_pointers_and_sizes("input_norm q_norm kv_norm up post_norm router bias", ""),
+        *((name, Map) for name in ("q_a", "q_b", "kv_a", "o", "local_gate_up", "local_down", "gate_up", "down")),
+        *_pointers_and_sizes("", "D H N R V Q C L E chosen F softmax groups kept pairs normalised"),
+        *((name, ctypes.c_float) for name in ("factor", "eps", "scale")),
+    )
 
 
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "m": Map}
 _ARGUMENTS = {  # of each kernel: pointers, integers, floats, maps
     "rms_norm": "pippiif",
     "rotate": "piipppiii",
-    "linear": "pippiiii",
-    "linear_int8": "pipppiiii",
+    "linear": "pimpiiii",
     "select_experts": "ppppiiiiiiif",
-    "experts": "pppppppiiii",
-    "experts_int8": "pppppppppiiii",
-    "block_before": "ppmpmmpfpppppiiiiiiii",
-    "block_between": "pmppfpppppppiiiiiiiiiifi",
-    "block_after": "ppppmmmmpppiiiiiii",
-    "latent_attention": "piipiipipppfpppiiiiiiiii",
+    "experts": "pppmmppiiiii",
+    "latent_attention": "ppppfpiiiiii",
+    "run_block": "pppppppppi",
+    "greedy": "ppiii",
 }
-_STEP = 32  # inputs that a dot product takes at a time
+_BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
+_INPUTS = {16: 16, 8: 32, 4: 64}  # by bits: numbers of inputs are multiples of it
 _TILE = 4  # outputs that are computed at a time
 _MAX_EXPERTS = 1024
 
@@ -155,30 +187,73 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     return out
 
 
-def linear(x_NI: Tensor, weight_OI: Tensor, scale_O: Tensor | None = None) -> Tensor | None:
-    """x W^T, [N, O], or None if the kernel does not take these. An int8 weight has a scale, FP32, for each output."""
-    if not (usable(x_NI) and takes_linear(weight_OI)) or x_NI.stride(1) != 1:
+@dataclass(frozen=True)
+class Stored:
+    """Weights [..., O, I] of linear maps as they lie in memory, in the kernels' form."""
+
+    weight: Tensor  # BF16 or int8 [..., O, I], or 4 bits: uint8 [..., O, bytes], see `kernels/maps.h`
+    scale: Tensor | None  # of int8, for each output, FP32
+    num_inputs: int
+
+    @property
+    def map(self) -> Map:
+        """As the kernels take it."""
+        scale = None if self.scale is None else self.scale.data_ptr()
+        return Map(self.weight.data_ptr(), scale, _BITS[self.weight.dtype])
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the kernels take such weights: their sizes, where they are, and whether there is a library."""
+        bits = _BITS.get(self.weight.dtype)
+        if bits is None or self.num_inputs % _INPUTS[bits] or self.weight.shape[-2] % _TILE:
+            return False
+        return self.weight.is_cpu and self.weight.is_contiguous() and library() is not None
+
+    def split(self, num_outputs: int) -> list[Stored]:
+        """The outputs of a single map in pieces of so many."""
+        weights = self.weight.split(num_outputs)
+        scales = [None] * len(weights) if self.scale is None else self.scale.split(num_outputs)
+        return [Stored(weight, scale, self.num_inputs) for weight, scale in zip(weights, scales, strict=True)]
+
+    @staticmethod
+    def stack(maps: Sequence[Stored]) -> Stored:
+        """Maps of one kind and shape as a stack."""
+        scales = [stored.scale for stored in maps if stored.scale is not None]
+        weight = torch.stack([stored.weight for stored in maps])
+        return Stored(weight, torch.stack(scales) if scales else None, maps[0].num_inputs)
+
+    def unbind(self) -> list[Stored]:
+        """The maps of a stack, one by one."""
+        scales = [None] * len(self.weight) if self.scale is None else self.scale.unbind()
+        return [Stored(weight, scale, self.num_inputs) for weight, scale in zip(self.weight, scales, strict=True)]
+
+
+def bf16_weight(weight: Tensor) -> Stored:
+    """A weight [..., O, I] as the model has it."""
+    return Stored(weight, None, weight.shape[-1])
+
+
+def linear(x_NI: Tensor, stored: Stored) -> Tensor | None:
+    """x W^T, [N, O], or None if the kernel does not take these."""
+    if not (usable(x_NI) and stored.is_taken) or x_NI.stride(1) != 1:
         return None
-    num_outputs, num_inputs = weight_OI.shape
+    num_outputs = stored.weight.shape[0]
     out = x_NI.new_empty(len(x_NI), num_outputs)
-    x, sizes = (x_NI.data_ptr(), x_NI.stride(0)), (len(x_NI), num_inputs, num_outputs, torch.get_num_threads())
-    if scale_O is None:
-        loaded().linear(*x, weight_OI.data_ptr(), out.data_ptr(), *sizes)
-    else:
-        loaded().linear_int8(*x, weight_OI.data_ptr(), scale_O.data_ptr(), out.data_ptr(), *sizes)
+    sizes = (len(x_NI), stored.num_inputs, num_outputs, torch.get_num_threads())
+    loaded().linear(x_NI.data_ptr(), x_NI.stride(0), stored.map, out.data_ptr(), *sizes)
     return out
 
 
-def takes_linear(weight_OI: Tensor) -> bool:
-    """Whether there is a kernel for maps with such weights, BF16 or int8."""
-    num_outputs, num_inputs = weight_OI.shape
-    return _takes_weights(weight_OI) and not (num_inputs % _STEP or num_outputs % _TILE)
-
-
-def _takes_weights(weight: Tensor) -> bool:
-    if weight.dtype not in (torch.bfloat16, torch.int8) or not weight.is_cpu or not weight.is_contiguous():
-        return False
-    return library() is not None
+def greedy(logits_RV: Tensor) -> list[int] | None:
+    """Of each row the index of the largest, the first among equals, -1 where a row holds NaN or its largest is not
+    finite; None if the kernel does not take these."""
+    if not (usable(logits_RV) and logits_RV.is_contiguous()):
+        return None
+    R, V = logits_RV.shape
+    ids_R = logits_RV.new_empty(R, dtype=torch.int64)
+    loaded().greedy(logits_RV.data_ptr(), ids_R.data_ptr(), R, V, torch.get_num_threads())
+    ids: list[int] = ids_R.tolist()
+    return ids
 
 
 def select_experts(
@@ -212,40 +287,34 @@ def select_experts(
     return ids_TK, weights_TK
 
 
-def experts(
-    x_ND: Tensor,
-    weights_N: Tensor,
-    counts_E: Tensor,
-    gate_up_EGD: Tensor,
-    down_EDF: Tensor,
-    scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor | None:
-    """`ops.experts.reference_grouped_swiglu`, or None if the kernel does not take these.
-
-    scales: of int8 weights, FP32, [E, G] and [E, D].
-    """
-    E, D, F = down_EDF.shape
-    if not (usable(x_ND) and takes_experts(down_EDF)):
+def experts(x_ND: Tensor, weights_N: Tensor, counts_E: Tensor, gate_up_EGD: Stored, down_EDF: Stored) -> Tensor | None:
+    """`ops.experts.reference_grouped_swiglu`, or None if the kernel does not take these."""
+    (E, D), F = down_EDF.weight.shape[:2], down_EDF.num_inputs
+    if not (usable(x_ND) and takes_experts(gate_up_EGD, down_EDF)):
         return None
     x_ND, weights_N, counts_E = x_ND.contiguous(), weights_N.float().contiguous(), counts_E.contiguous()
     out, act = torch.empty_like(x_ND), x_ND.new_empty(len(x_ND), F)
-    rows, sizes = (x_ND, weights_N, counts_E), (E, D, F, torch.get_num_threads())
-    if scales is None:
-        loaded().experts(*(x.data_ptr() for x in (*rows, gate_up_EGD, down_EDF, out, act)), *sizes)
-    else:
-        maps = (gate_up_EGD, scales[0], down_EDF, scales[1])
-        loaded().experts_int8(*(x.data_ptr() for x in (*rows, *maps, out, act)), *sizes)
+    loaded().experts(
+        *(x_ND.data_ptr(), weights_N.data_ptr(), counts_E.data_ptr(), gate_up_EGD.map, down_EDF.map),
+        *(out.data_ptr(), act.data_ptr(), len(x_ND), E, D, F, torch.get_num_threads()),
+    )
     return out
 
 
-def takes_experts(down_EDF: Tensor) -> bool:
-    """Whether there is a kernel for experts with such weights, BF16 or int8."""
-    return _takes_weights(down_EDF) and not any(size % _STEP for size in down_EDF.shape[1:])
+def takes_experts(gate_up_EGD: Stored, down_EDF: Stored) -> bool:
+    """Whether there is a kernel for experts with such weights."""
+    return gate_up_EGD.is_taken and down_EDF.is_taken
 
 
-def takes_block(latent_width: int, rope_width: int, hidden_width: int, num_experts: int) -> bool:
-    """Whether the kernels of a block take these sizes; of its maps `takes_linear` and `takes_experts` say it."""
-    return not any(width % _STEP for width in (latent_width, rope_width, hidden_width)) and num_experts <= _MAX_EXPERTS
+def takes_block(latent_width: int, rope_width: int, value_width: int, hidden_width: int, num_experts: int) -> bool:
+    """Whether `run_block` takes these sizes; of its maps `Stored.is_taken` says it."""
+    if hidden_width % 16 or num_experts > _MAX_EXPERTS:
+        return False
+    return _takes_attention(latent_width, rope_width, value_width)
+
+
+def _takes_attention(latent_width: int, rope_width: int, value_width: int) -> bool:
+    return not (latent_width % 32 or rope_width % 16 or value_width % _TILE)
 
 
 def latent_attention(
@@ -259,22 +328,20 @@ def latent_attention(
     """`ops.attention.absorbed_attention`, or None if the kernel does not take these. Copies no latent."""
     (B, S, H, N), T, R = q_nope_BSHN.shape, latents.shape[1], q_rope_BSHR.shape[-1]
     V, C = up_HMC.shape[1] - N, up_HMC.shape[2]
-    if not usable(q_nope_BSHN, q_rope_BSHR, latents.rows, up_HMC) or C % _STEP or R % _STEP or V % _TILE:
+    if not usable(q_nope_BSHN, q_rope_BSHR, latents.rows, up_HMC) or not _takes_attention(C, R, V):
         return None
     if latents.rows.stride()[-2:] != (C + R, 1) or not up_HMC.is_contiguous():
         return None
     nope, rope = q_nope_BSHN.flatten(0, 1), q_rope_BSHR.flatten(0, 1)
+    queries = _Queries(nope.data_ptr(), rope.data_ptr(), *nope.stride()[:2], *rope.stride()[:2])
     apart = 0 if latents.slots_BT is not None else latents.rows.stride(0)
     slots = None if latents.slots_BT is None else latents.slots_BT.contiguous()
     looks = None if mask is None else mask.expand(B, 1, S, T).contiguous()
-    threads = torch.get_num_threads()
+    slots_at, looks_at = (None if x is None else x.data_ptr() for x in (slots, looks))
+    piece = Piece(slots_at, looks_at, apart, B, S, T)
     out = nope.new_empty(B, S, H, V)
-    queries = nope.new_empty(B * S, H, C + R)
-    scratch = nope.new_empty(threads * 8 * C, dtype=torch.float32)
     loaded().latent_attention(
-        *(nope.data_ptr(), *nope.stride()[:2], rope.data_ptr(), *rope.stride()[:2]),
-        *(latents.rows.data_ptr(), apart, None if slots is None else slots.data_ptr()),
-        *(up_HMC.data_ptr(), None if looks is None else looks.data_ptr(), scale),
-        *(out.data_ptr(), queries.data_ptr(), scratch.data_ptr(), B, S, T, H, N, C, R, V, threads),
+        *(ctypes.byref(queries), latents.rows.data_ptr(), ctypes.byref(piece), up_HMC.data_ptr(), scale),
+        *(out.data_ptr(), H, N, C, R, V, torch.get_num_threads()),
     )
     return out

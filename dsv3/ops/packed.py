@@ -18,13 +18,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from dsv3 import compat
 from dsv3.ops import native
+from dsv3.ops.native import Stored
 from dsv3.ops.swiglu import weighted_swiglu
 
 _FEW_ROWS = 8  # up to there our own kernel is faster than oneDNN on packed weights
-
-
-Stored = tuple[Tensor, Tensor | None]
-"""A weight [..., O, I] as it lies in memory: BF16, or int8 with scales [..., O] in FP32."""
 
 
 class LinearWeight(ABC):
@@ -35,7 +32,7 @@ class LinearWeight(ABC):
         """x W^T, [N, O] in x's dtype, of contiguous rows."""
 
     def in_memory(self) -> Stored | None:
-        """The weight row by row as our own kernels take it, if there is such a one."""
+        """The weight as our own kernels take it, if there is such a one."""
         return None
 
     def linear(self, x: Tensor) -> Tensor:
@@ -56,19 +53,20 @@ class PackedWeight(LinearWeight):
 
     def __init__(self, weight_OI: Tensor) -> None:
         self._packed = compat.pack_linear_weight(weight_OI)
-        self._weight_OI = weight_OI if native.takes_linear(weight_OI) else None
+        stored = native.bf16_weight(weight_OI)
+        self._stored = stored if stored.is_taken else None
 
     def multiply(self, x_NI: Tensor) -> Tensor:
         """As in `LinearWeight`."""
-        if self._weight_OI is not None and len(x_NI) <= _FEW_ROWS:
-            fast = native.linear(x_NI, self._weight_OI)
+        if self._stored is not None and len(x_NI) <= _FEW_ROWS:
+            fast = native.linear(x_NI, self._stored)
             if fast is not None:
                 return fast
         return compat.packed_linear(x_NI, self._packed)
 
     def in_memory(self) -> Stored | None:
         """As in `LinearWeight`."""
-        return None if self._weight_OI is None else (self._weight_OI, None)
+        return self._stored
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -1,147 +1,130 @@
-"""A block on a few tokens in three native calls around its attention.
+"""A block on a few tokens in one native call.
 
 To a decoding sequence a block is some sixty operations, each of which takes longer to begin than to run. Here they are
-three: what leads to attention, what leads to the experts, and these. The functions are `Block`'s, the weights are its
-own (BF16, or int8 with scales), and whatever these calls do not take goes to the block itself.
+one. The function is `Block`'s, the weights are its own (BF16, or integers), and whatever that call does not take goes
+to the block itself.
 
-Shapes: n tokens (one row, as the engine packs them), D model, H heads, X latent, K experts chosen of E.
+Shapes: n tokens (one row, as the engine packs them), D model, K experts chosen of E.
 """
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from dsv3.model.block import Block
 from dsv3.model.context import Context
-from dsv3.model.experts import DeepSeekMoE, Experts, SwiGLU
+from dsv3.model.experts import DeepSeekMoE, Experts
 from dsv3.model.router import Routing
 from dsv3.ops import native
-from dsv3.ops.packed import Stored
+from dsv3.ops.native import Stored, bf16_weight
+from dsv3.serve.packed_modules import PackedLinear, PackedUpProjection, QuantizedExperts
+from dsv3.serve.paged_cache import PagedPass
 
 _FEW_TOKENS = 8  # up to there our own kernel is faster than oneDNN on packed weights
-_NO_MAP = native.Map(None, None)
 
 
 class FusedBlock(nn.Module):
-    """Takes the place of a `Block` whose maps are packed."""
+    """Takes the place of a `Block` whose maps are packed (`can_fuse`)."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.block = block
-        attn, mlp = block.self_attn, block.mlp
-        self._config = attn.config
-        self._kept: list[Tensor] = []  # what the maps point to
-        low = attn.config.q_lora_rank is not None
-        self._q_a = self._map(stored(attn.q_a_proj)) if low else _NO_MAP
-        self._q_b = self._map(stored(attn.q_b_proj if low else attn.q_proj))
-        self._kv_a, self._o = self._map(stored(attn.kv_a_proj_with_mqa)), self._map(stored(attn.o_proj))
-        local = mlp.shared_experts if isinstance(mlp, DeepSeekMoE) else mlp
-        self._local = self._local_down = self._gate_up = self._down = _NO_MAP
-        self._local_width = self._num_experts = 0
-        if local is not None:
-            self._local, self._local_down = self._map(stored(local.gate_up_proj)), self._map(stored(local.down_proj))
-            self._local_width = _down(local).shape[1]
-        if isinstance(mlp, DeepSeekMoE):
-            gate_up, down = stored_experts(mlp.experts)
-            self._gate_up, self._down = self._map(gate_up), self._map(down)
-            self._num_experts = self._config.n_routed_experts
-
-    def _map(self, kept: Stored | None) -> native.Map:
-        assert kept is not None, "can_fuse() said so"
-        weight, scale = kept
-        self._kept += [weight] if scale is None else [weight, scale]
-        return native.Map(weight.data_ptr(), None if scale is None else scale.data_ptr())
+        config = block.self_attn.config
+        self._stored = _stored(block)  # kept, because the kernel has only their addresses
+        self._described = _described(block, self._stored)
+        self._num_experts = config.n_routed_experts if isinstance(block.mlp, DeepSeekMoE) else 0
+        self._num_chosen = config.num_experts_per_tok if self._num_experts else 0
 
     def forward(self, h_BSD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
-        B, n, _ = h_BSD.shape
-        few = B == 1 and n <= _FEW_TOKENS and context.cache is not None and not has_torch_function((h_BSD,))
-        if not (few and native.usable(h_BSD) and h_BSD.is_contiguous()):
-            out: tuple[Tensor, Routing | None] = self.block(h_BSD, context)
-            return out
-        assert context.cache is not None
-        q_1nHK, latent_1nX = self._before(h_BSD, context)
-        attn, config = self.block.self_attn, self._config
-        pieces = context.cache.append(attn.layer, latent_1nX)
-        nope, rope = q_1nHK.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        return self._behind(attn.attend_to_pieces(nope, rope, pieces), h_BSD)
-
-    def _before(self, h_1nD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        config, attn = self._config, self.block.self_attn
-        n, D, H, C = h_1nD.shape[1], config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-        N, R, Q = config.qk_nope_head_dim, config.qk_rope_head_dim, config.q_lora_rank or 0
-        q_1nHK, latent_1nX = h_1nD.new_empty(1, n, H, N + R), h_1nD.new_empty(1, n, C + R)
-        scratch = h_1nD.new_empty(n * (D + Q + C + R))
-        native.loaded().block_before(
-            *(h_1nD.data_ptr(), self.block.input_layernorm.weight.data_ptr()),
-            *(self._q_a, attn.q_a_layernorm.weight.data_ptr() if Q else None, self._q_b),
-            *(self._kv_a, attn.kv_a_layernorm.weight.data_ptr(), config.rms_norm_eps),
-            *(context.cos.data_ptr(), context.sin.data_ptr()),
-            *(q_1nHK.data_ptr(), latent_1nX.data_ptr(), scratch.data_ptr()),
-            *(n, D, Q, H, N, C, R, torch.get_num_threads()),
+        passed, n = context.cache, h_BSD.shape[1]
+        usable = n <= _FEW_TOKENS and native.usable(h_BSD) and h_BSD.is_contiguous()
+        if not (usable and isinstance(passed, PagedPass)):
+            through_block: tuple[Tensor, Routing | None] = self.block(h_BSD, context)
+            return through_block
+        E, K = self._num_experts, self._num_chosen
+        out_BSD = torch.empty_like(h_BSD)
+        ids_nK, counts_E = (h_BSD.new_empty(shape, dtype=torch.int64) for shape in ((n, K), (E,)))
+        scores_nE, weights_nK = (h_BSD.new_empty(n, width, dtype=torch.float32) for width in (E, K))
+        native.loaded().run_block(
+            *(ctypes.byref(self._described), ctypes.byref(passed.described(context.cos, context.sin))),
+            *(h_BSD.data_ptr(), passed.address(self.block.self_attn.layer), out_BSD.data_ptr()),
+            *(scores_nE.data_ptr(), ids_nK.data_ptr(), weights_nK.data_ptr(), counts_E.data_ptr()),
+            torch.get_num_threads(),
         )
-        return q_1nHK, latent_1nX
-
-    def _behind(self, attended_1nHV: Tensor, h_1nD: Tensor) -> tuple[Tensor, Routing | None]:
-        config, mlp, lib = self._config, self.block.mlp, native.loaded()
-        n, D, E, K = h_1nD.shape[1], config.hidden_size, self._num_experts, config.num_experts_per_tok
-        F, L, threads = config.moe_intermediate_size, self._local_width, torch.get_num_threads()
-        attended_1nHV = attended_1nHV.contiguous()
-        residual, x, out = (torch.empty_like(h_1nD) for _ in range(3))
-        router = bias = None
-        K = K if E else 0
-        ids_nK, counts_E = (h_1nD.new_empty(shape, dtype=torch.int64) for shape in ((n, K), (E,)))
-        scores_nE, weights_nK = (h_1nD.new_empty(n, width, dtype=torch.float32) for width in (E, K))
-        if isinstance(mlp, DeepSeekMoE):
-            router, bias = mlp.router.weight, mlp.router.e_score_correction_bias
-        lib.block_between(
-            *(attended_1nHV.data_ptr(), self._o, h_1nD.data_ptr()),
-            *(self.block.post_attention_layernorm.weight.data_ptr(), config.rms_norm_eps),
-            *(None if router is None else router.data_ptr(), None if bias is None else bias.data_ptr()),
-            *(residual.data_ptr(), x.data_ptr(), scores_nE.data_ptr(), ids_nK.data_ptr(), weights_nK.data_ptr()),
-            *(n, D, attended_1nHV.numel() // n, E, config.scoring_func == "softmax", K),
-            *(1 if config.topk_method == "greedy" else config.n_group, config.topk_group),
-            *(config.topk_method == "noaux_tc", config.norm_topk_prob, config.routed_scaling_factor, threads),
-        )
-        scratch = h_1nD.new_empty(n * (K * (2 * D + F + 6) + D + L + 2))
-        lib.block_after(
-            *(residual.data_ptr(), x.data_ptr(), ids_nK.data_ptr(), weights_nK.data_ptr()),
-            *(self._local, self._local_down, self._gate_up, self._down),
-            *(counts_E.data_ptr(), out.data_ptr(), scratch.data_ptr(), n, D, L, E, K, F, threads),
-        )
-        return out, Routing(ids_nK, weights_nK, scores_nE, counts_E) if E else None
+        return out_BSD, Routing(ids_nK, weights_nK, scores_nE, counts_E) if E else None
 
 
 def can_fuse(block: Block) -> bool:
-    """Whether a block whose maps are packed has them as the kernels want them."""
+    """Whether the kernel takes a block whose maps are packed."""
+    config, weights = block.self_attn.config, _stored(block)
+    if not all(stored is not None and stored.is_taken for stored in weights.values()):
+        return False
+    kinds = {name: None if stored is None else stored.weight.dtype for name, stored in weights.items()}
+    if kinds.get("gate_up") != kinds.get("down") or kinds.get("local_gate_up") != kinds.get("local_down"):
+        return False
+    for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+        expected = torch.float32 if "router" in name else torch.bfloat16
+        if tensor.dtype != expected:
+            return False
+    sizes = config.kv_lora_rank, config.qk_rope_head_dim, config.v_head_dim, config.hidden_size
+    return native.takes_block(*sizes, config.n_routed_experts)
+
+
+def _stored(block: Block) -> dict[str, Stored | None]:
+    """The weights of the block's maps by their names in `native.Block`; None where the kernel has no form for one."""
     attn, mlp = block.self_attn, block.mlp
-    maps = [attn.kv_a_proj_with_mqa, attn.o_proj]
-    maps += [attn.q_proj] if attn.config.q_lora_rank is None else [attn.q_a_proj, attn.q_b_proj]
+    low = attn.config.q_lora_rank is not None
+    maps = {"q_b": attn.q_b_proj if low else attn.q_proj, "kv_a": attn.kv_a_proj_with_mqa, "o": attn.o_proj}
+    if low:
+        maps["q_a"] = attn.q_a_proj
     local = mlp.shared_experts if isinstance(mlp, DeepSeekMoE) else mlp
-    maps += [local.gate_up_proj, local.down_proj] if local is not None else []
-    weights = [stored(linear) for linear in maps]
+    if local is not None:
+        maps |= {"local_gate_up": local.gate_up_proj, "local_down": local.down_proj}
+    weights = {name: linear.in_memory() if isinstance(linear, PackedLinear) else None for name, linear in maps.items()}
     if isinstance(mlp, DeepSeekMoE):
-        weights += stored_experts(mlp.experts)
-    sizes = (attn.config.kv_lora_rank, attn.config.qk_rope_head_dim, attn.config.hidden_size)
-    return None not in weights and native.takes_block(*sizes, attn.config.n_routed_experts)
+        experts: nn.Module = mlp.experts
+        if isinstance(experts, Experts):
+            both: tuple[Stored | None, ...] = tuple(
+                bf16_weight(weight.detach()) for weight in (experts.gate_up_proj, experts.down_proj)
+            )
+        else:
+            both = experts.in_memory() if isinstance(experts, QuantizedExperts) else (None, None)
+        weights |= dict(zip(("gate_up", "down"), both, strict=True))
+    return weights
 
 
-def stored(linear: nn.Module) -> Stored | None:
-    """A packed map's weight as the kernels take it."""
-    weight = getattr(linear, "weight_in_memory", None)
-    return None if weight is None else weight()
-
-
-def stored_experts(experts: nn.Module) -> tuple[Stored | None, Stored | None]:
-    """The same of stacked experts, gate and up, then down."""
-    if isinstance(experts, Experts):
-        return (experts.gate_up_proj.detach(), None), (experts.down_proj.detach(), None)
-    both = getattr(experts, "weights_in_memory", None)
-    return (None, None) if both is None else both()
-
-
-def _down(local: SwiGLU) -> Tensor:
-    kept = stored(local.down_proj)
-    assert kept is not None
-    return kept[0]
+def _described(block: Block, weights: dict[str, Stored | None]) -> native.Block:
+    attn, mlp, config = block.self_attn, block.mlp, block.self_attn.config
+    assert isinstance(attn.kv_b_proj, PackedUpProjection)
+    described = native.Block(
+        input_norm=block.input_layernorm.weight.data_ptr(),
+        kv_norm=attn.kv_a_layernorm.weight.data_ptr(),
+        up=attn.kv_b_proj.by_head().data_ptr(),
+        post_norm=block.post_attention_layernorm.weight.data_ptr(),
+        D=config.hidden_size,
+        H=config.num_attention_heads,
+        N=config.qk_nope_head_dim,
+        R=config.qk_rope_head_dim,
+        V=config.v_head_dim,
+        Q=config.q_lora_rank or 0,
+        C=config.kv_lora_rank,
+        eps=config.rms_norm_eps,
+        scale=attn.scale,
+        **{name: stored.map for name, stored in weights.items() if stored is not None},
+    )
+    if config.q_lora_rank is not None:
+        described.q_norm = attn.q_a_layernorm.weight.data_ptr()
+    local_down = weights.get("local_down")
+    described.L = 0 if local_down is None else local_down.num_inputs
+    if isinstance(mlp, DeepSeekMoE):
+        bias = mlp.router.e_score_correction_bias
+        described.router, described.bias = mlp.router.weight.data_ptr(), None if bias is None else bias.data_ptr()
+        described.E, described.chosen = config.n_routed_experts, config.num_experts_per_tok
+        described.F, described.softmax = config.moe_intermediate_size, config.scoring_func == "softmax"
+        described.groups = 1 if config.topk_method == "greedy" else config.n_group
+        described.kept, described.pairs = config.topk_group, config.topk_method == "noaux_tc"
+        described.normalised, described.factor = config.norm_topk_prob, config.routed_scaling_factor
+    return described

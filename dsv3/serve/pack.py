@@ -5,89 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dsv3.errors import UserError
 from dsv3.model.block import Block
 from dsv3.model.experts import Experts
 from dsv3.model.mla import LatentUpProjection
 from dsv3.model.transformer import Transformer
-from dsv3.ops import native
-from dsv3.ops.experts import few_rows
-from dsv3.ops.packed import LinearWeight, PackedWeight, Stored, can_pack, packed_grouped_swiglu
-from dsv3.ops.quantized import Int4Weight, Int8DynamicWeight, Int8Weight, QuantizedWeight, quantize_rows
+from dsv3.ops.native import bf16_weight
+from dsv3.ops.packed import PackedWeight, can_pack
+from dsv3.ops.quantized import Int4Weight, Int8DynamicWeight, Int8Weight, QuantizedWeight
 from dsv3.serve.engine_config import Quantization
 from dsv3.serve.fused import FusedBlock, can_fuse
-
-Pack = Callable[[Tensor], LinearWeight]
-
-
-class PackedLinear(nn.Module):
-    """A linear map for inference only."""
-
-    def __init__(self, linear: nn.Linear, pack: Pack) -> None:
-        super().__init__()
-        self._weight = pack(linear.weight.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._weight.linear(x)
-
-    def weight_in_memory(self) -> Stored | None:
-        """As our own kernels take it, if they do."""
-        return self._weight.in_memory()
-
-
-class PackedUpProjection(PackedLinear):
-    """`LatentUpProjection` for inference only, never quantised.
-
-    Decoding multiplies by its maps head by head, for which there is no kernel with int8; and prompts and decoded tokens
-    should meet the same map.
-    """
-
-    def __init__(self, linear: LatentUpProjection) -> None:
-        super().__init__(linear, PackedWeight)  # decoding takes it by head
-        self._up_HMC = linear.by_head().detach()
-
-    def by_head(self) -> Tensor:
-        return self._up_HMC
-
-
-class PackedExperts(nn.Module):
-    """Routed experts for inference only."""
-
-    def __init__(self, experts: Experts, pack: Pack) -> None:
-        super().__init__()
-        self._gate_up = [pack(weight) for weight in experts.gate_up_proj.detach()]
-        self._down = [pack(weight) for weight in experts.down_proj.detach()]
-
-    def forward(self, rows_ND: Tensor, weights_N: Tensor, counts_E: Tensor) -> Tensor:
-        return packed_grouped_swiglu(rows_ND, weights_N, counts_E, self._gate_up, self._down)
-
-
-class Int8Experts(nn.Module):
-    """Routed experts in int8, for our own kernel."""
-
-    def __init__(self, experts: Experts) -> None:
-        super().__init__()
-        dtype = experts.down_proj.dtype
-        self._gate_up_EGD, gate_up_scale_EG1 = quantize_rows(experts.gate_up_proj.detach(), dtype)
-        self._down_EDF, down_scale_ED1 = quantize_rows(experts.down_proj.detach(), dtype)
-        self._scales = (gate_up_scale_EG1.float(), down_scale_ED1.float())
-        self._gate_up = list(map(Int8Weight.of, self._gate_up_EGD, gate_up_scale_EG1))
-        self._down = list(map(Int8Weight.of, self._down_EDF, down_scale_ED1))
-
-    def forward(self, rows_ND: Tensor, weights_N: Tensor, counts_E: Tensor) -> Tensor:
-        if few_rows(rows_ND, counts_E):
-            maps = (self._gate_up_EGD, self._down_EDF, self._scales)
-            fast = native.experts(rows_ND, weights_N, counts_E, *maps)
-            if fast is not None:
-                return fast
-        return packed_grouped_swiglu(rows_ND, weights_N, counts_E, self._gate_up, self._down)
-
-    def weights_in_memory(self) -> tuple[Stored, Stored]:
-        """As our own kernels take them."""
-        return (self._gate_up_EGD, self._scales[0]), (self._down_EDF, self._scales[1])
-
+from dsv3.serve.packed_modules import Pack, PackedExperts, PackedLinear, PackedUpProjection, QuantizedExperts
 
 # What the head's weight becomes, and those of all other maps.
 _KINDS: dict[str, tuple[type[QuantizedWeight], type[QuantizedWeight]]] = {
@@ -142,9 +72,12 @@ def _pack_children(module: nn.Module, pack: Pack, pack_experts: Callable[[Expert
 
 def _pack_experts(experts: Experts, pack: Pack, quantization: Quantization) -> nn.Module:
     """Where our own kernel takes experts they stay stacked, and in BF16 as they are."""
-    if quantization in ("none", "int8") and native.takes_experts(experts.down_proj):
-        return experts if quantization == "none" else Int8Experts(experts)
-    return PackedExperts(experts, pack)
+    stacks = experts.gate_up_proj, experts.down_proj
+    if quantization == "none":
+        return experts if all(bf16_weight(stack).is_taken for stack in stacks) else PackedExperts(experts, pack)
+    kind = _KINDS[quantization][1]
+    fits = all(kind.fits(*stack.shape[1:]) for stack in stacks)
+    return QuantizedExperts(experts, kind) if fits else PackedExperts(experts, pack)
 
 
 def _packers(model: Transformer, quantization: Quantization) -> tuple[Pack, Pack]:
@@ -162,4 +95,4 @@ def _packers(model: Transformer, quantization: Quantization) -> tuple[Pack, Pack
 
 
 def _where_it_fits(kind: type[QuantizedWeight]) -> Pack:
-    return lambda weight_OI: (kind if kind.fits(*weight_OI.shape) else PackedWeight)(weight_OI)
+    return lambda weight_OI: kind(kind.quantize(weight_OI)) if kind.fits(*weight_OI.shape) else PackedWeight(weight_OI)

@@ -9,6 +9,7 @@ Shapes: L layers (MTP too), T packed tokens, B sequences of a piece, S tokens ea
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from dsv3.config import ModelConfig
 from dsv3.model.cache import Cache, Piece
+from dsv3.ops import native
 from dsv3.ops.latents import Latents
 
 IntArray = npt.NDArray[np.int64]
@@ -72,6 +74,10 @@ class PagedCache:
         """[slots, X]: slot = block * block_size + offset."""
         return self._data[layer].flatten(0, 1)
 
+    def address(self, layer: int) -> int:
+        """Where in memory that layer's slots begin."""
+        return self._data.data_ptr() + layer * self._data.stride(0) * self._data.itemsize
+
 
 class PagedPass:
     """What one pass sees of the pool: a `model.cache.Cache` whose row of tokens is `chunks`, one behind the other."""
@@ -89,6 +95,7 @@ class PagedPass:
         self._positions_1T = torch.from_numpy(positions_T).unsqueeze(0)
         self._slots_T = self._slots(tables, tables_at_B[chunk_T], positions_T).to(device)
         self._reads: list[tuple[Tensor, int, Tensor | None]] = []  # slots [B, T], S, mask
+        self._described: tuple[native.Pass, object] | None = None
         begin = 0
         for _, group in itertools.groupby(enumerate(chunks), key=lambda item: _kind(*item)):
             members = [chunk for _, chunk in group]
@@ -108,6 +115,19 @@ class PagedPass:
         size = self._cache.block_size
         return torch.from_numpy(tables[at + positions // size] * size + positions % size)
 
+    def described(self, cos: Tensor, sin: Tensor) -> native.Pass:
+        """The pass as `native`'s kernels take it, with the angles [1, T, R / 2] of its tokens: equal in all layers."""
+        if self._described is None:
+            described = []
+            for slots_BT, S, mask in self._reads:
+                looks = None if mask is None else mask.data_ptr()
+                described.append(native.Piece(slots_BT.data_ptr(), looks, 0, slots_BT.shape[0], S, slots_BT.shape[1]))
+            pieces = (native.Piece * len(described))(*described)
+            angles, sizes = (cos.data_ptr(), sin.data_ptr()), (len(self._slots_T), len(pieces))
+            passed = native.Pass(*angles, self._slots_T.data_ptr(), ctypes.addressof(pieces), *sizes)
+            self._described = passed, (pieces, cos, sin)  # what the addresses are of, kept
+        return self._described[0]
+
     def scatter(self, x_T: Tensor) -> Tensor:
         """Tokens (or rows of anything, [T, ...]) as the row of the pass, [1, T, ...]."""
         return x_T.unsqueeze(0)
@@ -125,6 +145,10 @@ class PagedPass:
         pool = self._cache.layer(layer)
         pool.index_copy_(0, self._slots_T, latent_BSX[0])
         return [Piece(Latents(pool, slots_BT), S, mask) for slots_BT, S, mask in self._reads]
+
+    def address(self, layer: int) -> int:
+        """Of the pool's layer, for `native`'s kernels."""
+        return self._cache.address(layer)
 
 
 class Pass(Cache, Protocol):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3.ops import native
 from dsv3.serve.outputs import Token
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sampling import distributions, draw_at
@@ -33,8 +34,10 @@ NOT_A_NUMBER = -1  # instead of a token, where the logits are broken
 
 def choose(logits_RV: Tensor, rows: Sequence[Row]) -> list[int]:
     """A token for each row. Depends on the row alone: not on its neighbours, nor on when it is computed."""
-    largest_R, argmax_R = logits_RV.max(-1)
-    tokens: list[int] = argmax_R.where(largest_R.isfinite(), NOT_A_NUMBER).tolist()
+    tokens = native.greedy(logits_RV)
+    if tokens is None:
+        largest_R, argmax_R = logits_RV.max(-1)
+        tokens = argmax_R.where(largest_R.isfinite(), NOT_A_NUMBER).tolist()
     if all(row.params.greedy and not _adjusts(row) for row in rows):
         return tokens
     sound = [index for index, token in enumerate(tokens) if token != NOT_A_NUMBER]

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from dsv3.model.rope import rotate
 from dsv3.model.router import select_experts
@@ -16,7 +15,8 @@ from dsv3.ops import native
 from dsv3.ops.attention import absorbed_attention
 from dsv3.ops.experts import reference_grouped_swiglu
 from dsv3.ops.latents import Latents
-from dsv3.ops.quantized import quantize_rows
+from dsv3.ops.native import Stored, bf16_weight
+from dsv3.ops.quantized import Int4Weight, Int8Weight, dequantize_int4
 from dsv3.ops.rms_norm import reference_rms_norm
 from tests.variants import BASE
 
@@ -58,47 +58,98 @@ def test_rotate(heads, generator):
     assert_close(native.rotate(x, cos, sin), rotate(x.double(), cos.double(), sin.double()))
 
 
+def as_int8(weight):
+    """(stored, the weight that it stands for), of one map."""
+    stored = Int8Weight.quantize(weight)
+    return stored, stored.weight.double() * stored.scale.double().unsqueeze(-1)
+
+
+def as_int4(weight):
+    stored = Int4Weight.quantize(weight)
+    return stored, dequantize_int4(stored).double()
+
+
+KINDS = {"BF16": lambda weight: (bf16_weight(weight), weight.double()), "int8": as_int8, "int4": as_int4}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("rows", [1, 3, 4, 9])
-def test_linear(rows, generator):
+def test_linear(rows, kind, generator):
     x, weight = random(rows, 160, generator=generator)[:, 32:], random(20, 128, generator=generator)
-    out = native.linear(x, weight)
-    assert_close(out, x.double() @ weight.double().T)
+    stored, exact = kind(weight)
+    out = native.linear(x, stored)
+    assert_close(out, x.double() @ exact.T)
     for row in range(rows):
-        assert torch.equal(native.linear(x[row : row + 1], weight), out[row : row + 1])
+        assert torch.equal(native.linear(x[row : row + 1], stored), out[row : row + 1])
 
 
+@pytest.mark.parametrize("kind", [as_int8, as_int4])
+def test_beside_integers_rows_are_finer_than_bf16(kind, generator):
+    """One input that is 30 times all others, rows of very different sizes, zeros: nothing is lost that BF16 has."""
+    sizes = torch.tensor([1e-30, 1.0, 0.0, 1e30]).unsqueeze(1)
+    x = random(4, 18432, generator=generator)
+    x[:, 7] = 120
+    x = (x * sizes).bfloat16()
+    stored, exact = kind(random(8, 18432, generator=generator))
+    out = native.linear(x, stored).double() / sizes.double().clamp_min(1e-300)
+    expected = (x.double() @ exact.T) / sizes.double().clamp_min(1e-300)
+    rounding = (x.double().abs() @ exact.abs().T) / sizes.double().clamp_min(1e-300) * 2**-9
+    assert ((out - expected).abs() <= 0.2 * rounding + 2**-8 * expected.abs()).all()
+    assert (out[2] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [as_int8, as_int4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so_in_its_row(kind, value, generator):
+    x = random(3, 64, generator=generator)
+    x[1, 5] = value
+    out = native.linear(x, kind(random(8, 64, generator=generator))[0])
+    assert not out[1].isfinite().any() and out[[0, 2]].isfinite().all()
+
+
+def test_sums_of_integers_do_not_overflow():
+    """The largest there are, all of one sign."""
+    for num_inputs in (32, 8192, 65536):
+        x, ones = torch.ones(1, num_inputs).bfloat16(), torch.ones(4, num_inputs).bfloat16()
+        assert native.linear(x, Int8Weight.quantize(ones)).tolist() == [[num_inputs] * 4]
+
+
+def test_greedy(generator):
+    for V in (5, 16, 700, 5000):
+        logits = torch.randn(9, V, generator=generator).bfloat16()
+        expected = [int((row == row.max()).nonzero()[0]) for row in logits]
+        assert native.greedy(logits) == expected  # ties are many among so few values: the first
+        broken = logits.clone()
+        places = torch.randint(V, (3,), generator=generator).tolist()
+        broken[1, places[0]], broken[3, places[1]], broken[5, places[2]] = float("nan"), float("inf"), -float("inf")
+        broken[7] = -float("inf")
+        found = native.greedy(broken)
+        assert [found[row] for row in (1, 3, 7)] == [-1, -1, -1]
+        assert [found[row] for row in (0, 2, 4, 6, 8)] == [expected[row] for row in (0, 2, 4, 6, 8)]
+        assert found[5] == int((broken[5] == broken[5].max()).nonzero()[0])
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("counts", [[3, 0, 1, 4], [0, 0, 0, 1], [300, 0, 1, 0], [0, 0, 0, 0]])
-def test_experts(counts, generator):
-    D, F, N, E = 64, 32, sum(counts), len(counts)
+def test_experts(counts, kind, generator):
+    D, F, N, E = 128, 64, sum(counts), len(counts)
     x, gate_up, down = (random(*shape, generator=generator) for shape in ((N, D), (E, 2 * F, D), (E, D, F)))
     weights, counts_E = torch.rand(N, generator=generator), torch.tensor(counts)
-    out = native.experts(x, weights, counts_E, gate_up, down)
+    stacks, exact = [], []
+    for stack in (gate_up, down):
+        maps = [kind(weight) for weight in stack]
+        stacks.append(Stored.stack([stored for stored, _ in maps]))
+        exact.append(torch.stack([weight for _, weight in maps]))
+    out = native.experts(x, weights, counts_E, *stacks)
     if not N:
         assert out.shape == (0, D)
         return
-    assert_close(out, reference_grouped_swiglu(x.double(), weights.double(), counts_E, gate_up.double(), down.double()))
+    assert_close(out, reference_grouped_swiglu(x.double(), weights.double(), counts_E, *exact))
     expert = torch.arange(E).repeat_interleave(counts_E)
     for row in torch.randperm(N, generator=generator)[:4].tolist():
         alone = torch.nn.functional.one_hot(expert[row], E)
-        one = native.experts(x[row : row + 1], weights[row : row + 1], alone, gate_up, down)
+        one = native.experts(x[row : row + 1], weights[row : row + 1], alone, *stacks)
         assert torch.equal(one, out[row : row + 1])
-
-
-def test_int8(generator):
-    """The product with the weight that integers and scales stand for."""
-    E, D, F, counts_E = 3, 64, 32, torch.tensor([2, 0, 5])
-    x, weights = random(7, D, generator=generator), torch.rand(7, generator=generator)
-    gate_up, down = (random(*shape, generator=generator) for shape in ((E, 2 * F, D), (E, D, F)))
-    (q_gate_up, s_gate_up), (q_down, s_down) = quantize_rows(gate_up), quantize_rows(down)
-    out = native.linear(x, q_gate_up[1], s_gate_up[1].squeeze(1))
-    assert_close(out, x.double() @ (q_gate_up[1] * s_gate_up[1].double()).T)
-    for row in range(7):
-        assert torch.equal(native.linear(x[row : row + 1], q_gate_up[1], s_gate_up[1].squeeze(1)), out[row : row + 1])
-    out = native.experts(x, weights, counts_E, q_gate_up, q_down, (s_gate_up, s_down))
-    exact = reference_grouped_swiglu(
-        x.double(), weights.double(), counts_E, q_gate_up * s_gate_up.double(), q_down * s_down.double()
-    )
-    assert_close(out, exact)
 
 
 @pytest.mark.parametrize("H", [1, 5, 13])
@@ -170,32 +221,19 @@ def test_select_experts(changes, ties, generator):
 
 def test_nothing_is_taken_that_is_not_for_the_kernels(generator):
     x, weight = random(2, 64, generator=generator), random(32, 64, generator=generator)
-    assert native.linear(x, weight) is not None
-    assert native.linear(x.float(), weight.float()) is None
-    assert native.linear(x[:, :40], weight[:, :40].contiguous()) is None
+    stored = bf16_weight(weight)
+    assert native.linear(x, stored) is not None
+    assert native.linear(x.float(), stored) is None
+    assert native.linear(x, bf16_weight(weight.float())) is None
+    assert native.linear(x[:, :40], bf16_weight(weight[:, :40].contiguous())) is None
+    assert native.linear(x, bf16_weight(random(64, 32, generator=generator).T)) is None
+    assert native.greedy(x) is not None and native.greedy(x.float()) is None and native.greedy(x[:, ::2]) is None
     with torch.inference_mode(False):
-        assert native.linear(x, weight) is None and native.rms_norm(x, weight[0], 1e-6) is None
+        assert native.linear(x, stored) is None and native.rms_norm(x, weight[0], 1e-6) is None
 
 
-def test_of_any_default_dtype(generator):
-    """Scratch is FP32 whatever torch makes by default: half of it would be written past its end."""
-    q, up = random(1, 2, 8, 64, generator=generator), random(8, 64, 512, generator=generator)
-    latents, scores_TE = Latents(random(1, 9, 544, generator=generator)), torch.rand(2, 16, generator=generator)
-    made = []
-
-    class Watched(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            made.extend([out] if isinstance(out, torch.Tensor) and "empty" in func.__name__ else [])
-            return out
-
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with Watched():
-            assert native.latent_attention(*q.split(32, dim=-1), latents, up, 0.3, None) is not None
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert any(x.nbytes == torch.get_num_threads() * 8 * 512 * 4 for x in made)
+def test_biases_of_another_dtype_are_left_alone(generator):
+    scores_TE = torch.rand(2, 16, generator=generator)
     biased = {"chosen": 2, "groups": 1, "kept_groups": 1, "pairs": False, "normalised": True, "factor": 1.0}
     assert native.select_experts(scores_TE, torch.zeros(16), **biased) is not None
     assert native.select_experts(scores_TE, torch.zeros(16).bfloat16(), **biased) is None

@@ -59,7 +59,7 @@ def test_a_rows_product_depends_on_the_row_alone(dtype, shape, threads, generato
         torch.testing.assert_close(whole, packed.linear(x))
     for kind in (Int8Weight, Int4Weight, Int8DynamicWeight):
         if can_pack(weight) and kind.available() and kind.fits(*weight.shape):
-            quantized = kind(weight)
+            quantized = kind(kind.quantize(weight))
             with FixedShapes():
                 whole = quantized.linear(x)
                 assert torch.equal(quantized.linear(x[order]), whole[order])

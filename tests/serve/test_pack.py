@@ -13,6 +13,7 @@ from dsv3.model.mla import LatentUpProjection
 from dsv3.model.router import Router
 from dsv3.ops import native
 from dsv3.ops.experts import reference_grouped_swiglu
+from dsv3.ops.native import bf16_weight
 from dsv3.ops.packed import PackedWeight, can_pack, packed_grouped_swiglu
 from dsv3.ops.quantized import Int4Weight, Int8DynamicWeight, Int8Weight
 from dsv3.serve.pack import PackedLinear, pack_weights
@@ -66,7 +67,8 @@ def test_a_packed_model_speaks_like_the_model(name, generator):
     assert pack_weights(packed)
     left = {key for key, _ in packed.named_parameters() if "norm" not in key}
     kept = ("embed_tokens.weight", "router.weight")
-    if native.takes_experts(model.layers[-1].mlp.experts.down_proj):
+    experts = model.layers[-1].mlp.experts
+    if native.takes_experts(bf16_weight(experts.gate_up_proj), bf16_weight(experts.down_proj)):
         kept += ("experts.gate_up_proj", "experts.down_proj")
     assert {key for key in left if not key.endswith(kept)} == set()
     tokens = random_tokens(config, (2, 12), generator)
@@ -97,9 +99,7 @@ QUANTIZED = {
 @torch.no_grad()
 def test_a_quantised_model_speaks_about_like_the_model(quantization, head, other, generator):
     """Prompt and decoding; each map is of the kind that was asked for, what is never quantised is not."""
-    config = BASE.replace(
-        moe_intermediate_size=32, v_head_dim=16, q_lora_rank=32, intermediate_size=64, qk_rope_head_dim=16
-    )
+    config = BASE.replace(hidden_size=64, moe_intermediate_size=64, v_head_dim=32, q_lora_rank=64, intermediate_size=64)
     model = random_model(config, generator, torch.bfloat16)
     quantized = copy.deepcopy(model)
     assert pack_weights(quantized, quantization)
@@ -127,11 +127,11 @@ def test_a_quantised_model_speaks_about_like_the_model(quantization, head, other
 @needs_packing
 @pytest.mark.skipif(not Int4Weight.available(), reason="no kernel for int4")
 def test_a_map_that_does_not_fit_the_kernel_is_packed_only(generator):
-    model = random_model(BASE.replace(q_lora_rank=24), generator, torch.bfloat16)
+    model = random_model(BASE.replace(hidden_size=64, q_lora_rank=24, v_head_dim=32), generator, torch.bfloat16)
     pack_weights(model, "int4")
     attention = model.layers[0].self_attn
-    assert type(attention.q_a_proj._weight) is PackedWeight and type(attention.q_b_proj._weight) is PackedWeight
-    assert type(attention.o_proj._weight) is Int4Weight
+    assert type(attention.q_b_proj._weight) is PackedWeight
+    assert type(attention.q_a_proj._weight) is type(attention.o_proj._weight) is Int4Weight
 
 
 def test_what_cannot_be_quantised_is_refused(generator):

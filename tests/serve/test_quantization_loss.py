@@ -63,8 +63,15 @@ def test_an_empty_text_is_refused(text_model, tokenizer):
 )
 def test_a_trained_model_loses_little_with_8_bits_and_more_with_4(tokenizer, tmp_path):
     torch.manual_seed(0)
-    config = BASE.replace(
-        vocab_size=328, max_position_embeddings=128, num_nextn_predict_layers=0, moe_intermediate_size=32
+    config = BASE.replace(  # without experts: one token sent to another one weighs more than all roundings
+        vocab_size=328,
+        hidden_size=64,
+        intermediate_size=64,
+        q_lora_rank=64,
+        v_head_dim=32,
+        max_position_embeddings=128,
+        num_nextn_predict_layers=0,
+        first_k_dense_replace=2,
     )
     model = random_model(config, torch.Generator().manual_seed(0))
     tokens = torch.tensor([tokenizer.document_start_id, *tokenizer.encode(TEXT)])[: 128 * 4 + 1]

@@ -2,6 +2,9 @@
 #pragma once
 
 #include "maps.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace {
 
@@ -62,9 +65,12 @@ void attend(bf16* q, Latent latent, const uint8_t* looks, float scale, float* ac
     for (int64_t begin = 0; begin < visible; begin += KEYS) {
         const int64_t n = visible - begin < KEYS ? visible - begin : KEYS;
         const auto of_block = [=](int64_t j) { return latent(begin + j); };
-        outputs<HEADS>(n, of_block, q, X, [&](int64_t j, const float* out) {
-            for (int k = 0; k < HEADS; ++k) probs[k * KEYS + j] = looks && !looks[begin + j] ? -INFINITY : out[k] * scale;
-        });
+        constexpr int SOME = HEADS < 4 ? HEADS : 4;
+        for (int first = 0; first < HEADS; first += SOME)
+            outputs<SOME>(n, of_block, q + first * X, X, [&](int64_t j, float* out) {
+                const bool hidden = looks && !looks[begin + j];
+                for (int k = 0; k < SOME; ++k) probs[(first + k) * KEYS + j] = hidden ? -INFINITY : out[k] * scale;
+            });
         for (int k = 0; k < HEADS; ++k) {
             float* p = probs + k * KEYS;
             float most = highest[k];
@@ -87,10 +93,92 @@ void attend(bf16* q, Latent latent, const uint8_t* looks, float scale, float* ac
             }
             total[k] += sum(sums);
         }
-        for (int64_t c = 0; c < C; c += 2 * WIDTH) weighted_sum<HEADS, 2>(acc, of_block, probs, n, c, C);
+        // Meanwhile the latents that come next are fetched.
+        const int64_t left = visible - begin - KEYS;
+        const int64_t num_next = left < 0 ? 0 : left < KEYS ? left : KEYS;
+        for (int64_t c = 0; c < C; c += 2 * WIDTH) {
+            for (int64_t j = 0; j < num_next; ++j) __builtin_prefetch(latent(begin + KEYS + j) + c, 0, 2);
+            weighted_sum<HEADS, 2>(acc, of_block, probs, n, c, C);
+        }
     }
     for (int k = 0; k < HEADS; ++k)
         for (int64_t c = 0; c < C; c += WIDTH) store(q + k * X + c, load<Floats>(acc + k * C + c) / total[k]);
+}
+
+int thread() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+// Queries nope [tokens, H, N] and rope [tokens, H, R], whose tokens lie `*_token` apart and heads `*_head`.
+struct Queries {
+    const bf16 *nope, *rope;
+    int64_t nope_token, nope_head, rope_token, rope_head;
+};
+
+// Some sequences' latents [C + R], T of each: those that the slots [B, T] say, or, without slots, the rows of sequence b
+// from `apart` * b on; and which of them S queries of each may look at: where the mask [B, S, T] is not 0, or, without a
+// mask, those up to their own, the queries being the last of the T.
+struct Piece {
+    const int64_t* slots;
+    const uint8_t* mask;
+    int64_t apart, B, S, T;
+};
+
+// Multi-head latent attention in the absorbed order: y [B * S, H, V]. up [H, N + V, C]: of each head W_UK, then W_UV.
+void attend_latents(const Queries& of, const bf16* latents, const Piece& piece, const bf16* up, float scale, bf16* y,
+                    int64_t H, int64_t N, int64_t C, int64_t R, int64_t V, int threads) {
+    const int64_t X = C + R, S = piece.S, T = piece.T, tokens = piece.B * S;
+    Buffer<bf16> queries(tokens * H * X);
+    Buffer<float> scratch(threads * 8 * C);
+#pragma omp parallel num_threads(threads)
+    {
+        float* own = scratch + thread() * 8 * C;
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t h = 0; h < H; ++h)
+            for (int64_t first = 0; first < tokens; first += 4) {
+                const bf16 *w_uk = up + h * (N + V) * C, *nope = of.nope + first * of.nope_token + h * of.nope_head;
+                const bf16* rope = of.rope + first * of.rope_token + h * of.rope_head;
+                bf16* out = queries + (first * H + h) * X;
+                const int64_t n = tokens - first < 4 ? tokens - first : 4;
+                if (n == 4)
+                    absorb_four(nope, of.nope_token, w_uk, N, C, out, H * X);
+                else
+                    for (int64_t t = 0; t < n; ++t) absorb(nope + t * of.nope_token, w_uk, N, C, own, out + t * H * X);
+                for (int64_t t = 0; t < n; ++t)
+                    std::memcpy(out + t * H * X + C, rope + t * of.rope_token, R * sizeof(bf16));
+            }
+        // Softmax over the latents and their weighted sum, which takes the place of the query.
+        const int64_t group = tokens * ((H + 7) / 8) >= threads ? 8 : 4;
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t h = 0; h < H; h += group) {
+                const bf16* rows = latents + t / S * piece.apart;
+                const int64_t* places = piece.slots ? piece.slots + t / S * T : nullptr;
+                const auto latent = [=](int64_t j) { return rows + (places ? places[j] : j) * X; };
+                const uint8_t* looks = piece.mask ? piece.mask + t * T : nullptr;
+                int64_t visible = T - S + t % S + 1;
+                if (looks)
+                    for (visible = T; visible > 1 && !looks[visible - 1];) --visible;
+                bf16* q = queries + (t * H + h) * X;
+                int64_t left = H - h < group ? H - h : group;
+                for (; left >= 8; left -= 8, q += 8 * X) attend<8>(q, latent, looks, scale, own, visible, C, X);
+                for (; left >= 4; left -= 4, q += 4 * X) attend<4>(q, latent, looks, scale, own, visible, C, X);
+                for (; left; --left, q += X) attend<1>(q, latent, looks, scale, own, visible, C, X);
+            }
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t h = 0; h < H; ++h)
+            for (int64_t v = 0; v < V; v += TILE) {
+                const bf16* w_uv = up + (h * (N + V) + N + v) * C;
+                const auto attended = [&](int64_t t) { return queries + (t * H + h) * X; };
+                outputs<TILE>(tokens, attended, w_uv, C, [&](int64_t t, float* out) {
+                    for (int k = 0; k < TILE; ++k) y[(t * H + h) * V + v + k] = narrow(out[k]);
+                });
+            }
+    }
 }
 
 }  // namespace

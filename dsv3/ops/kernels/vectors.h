@@ -1,9 +1,10 @@
-// Vectors of 16 floats, and BF16 and int8 values turned into them and back. They are the compiler's (GCC, Clang), made of
-// what the machine has; where it has dot products of BF16, those are taken.
+// Vectors of 16 floats or integers, and BF16 and narrow integers turned into them and back. They are the compiler's (GCC,
+// Clang), made of what the machine has; where it has dot products of BF16 or of int16, those are taken.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -12,12 +13,14 @@
 namespace {
 
 using bf16 = uint16_t;
-constexpr int WIDTH = 16;  // floats of a vector
-constexpr int STEP = 32;  // BF16 inputs that a dot product takes at a time: widths are multiples of it
+constexpr int WIDTH = 16;  // floats of a vector: widths are multiples of it
+constexpr int STEP = 32;  // inputs that a dot product takes at a time
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef int16_t Words __attribute__((vector_size(2 * STEP)));
+typedef int8_t Bytes __attribute__((vector_size(STEP)));
 
 template <class V, class T>
 inline V load(const T* from) {
@@ -28,13 +31,11 @@ inline V load(const T* from) {
 
 inline Floats widen(const bf16* from) { return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16); }
 
-inline Floats widen(const int8_t* from) {
-#ifdef __AVX512F__  // compilers take a vector of bytes apart
-    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+inline Words words(const int8_t* from) {
+#ifdef __AVX512BW__  // compilers take a vector of bytes apart
+    return (Words)_mm512_cvtepi8_epi16(load<__m256i>(from));
 #else
-    float out[WIDTH];
-    for (int i = 0; i < WIDTH; ++i) out[i] = from[i];
-    return load<Floats>(out);
+    return __builtin_convertvector(load<Bytes>(from), Words);
 #endif
 }
 
@@ -61,16 +62,36 @@ inline void store(bf16* to, Floats v) {
     std::memcpy(to, &out, sizeof out);
 }
 
+typedef float Four __attribute__((vector_size(WIDTH)));
+
+// The four sums of every fourth float.
+inline Four fold(const Floats v) {
+    Four f[4];
+    std::memcpy(f, &v, sizeof v);
+    return (f[0] + f[2]) + (f[1] + f[3]);
+}
+
 inline float sum(const Floats v) {
-    typedef float Half __attribute__((vector_size(2 * WIDTH)));
-    typedef float Quarter __attribute__((vector_size(WIDTH)));
-    Half h[2];
-    std::memcpy(h, &v, sizeof v);
-    h[0] += h[1];
-    Quarter q[2];
-    std::memcpy(q, h, sizeof q);
-    q[0] += q[1];
-    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
+    const Four f = fold(v);
+    return (f[0] + f[2]) + (f[1] + f[3]);
+}
+
+// The sums of N vectors, four at a time; each is what `sum` gives.
+template <int N>
+inline void sums(const Floats v[N], float out[N]) {
+    int k = 0;
+    for (; k + 4 <= N; k += 4) {
+        const Four a = fold(v[k]), b = fold(v[k + 1]), c = fold(v[k + 2]), d = fold(v[k + 3]);
+        const Four even_ab = {a[0], b[0], a[2], b[2]}, odd_ab = {a[1], b[1], a[3], b[3]};
+        const Four even_cd = {c[0], d[0], c[2], d[2]}, odd_cd = {c[1], d[1], c[3], d[3]};
+        const Four first = {even_ab[0], even_ab[1], even_cd[0], even_cd[1]};
+        const Four third = {even_ab[2], even_ab[3], even_cd[2], even_cd[3]};
+        const Four second = {odd_ab[0], odd_ab[1], odd_cd[0], odd_cd[1]};
+        const Four fourth = {odd_ab[2], odd_ab[3], odd_cd[2], odd_cd[3]};
+        const Four all = (first + third) + (second + fourth);
+        std::memcpy(out + k, &all, sizeof all);
+    }
+    for (; k < N; ++k) out[k] = sum(v[k]);
 }
 
 // acc + a * b over STEP inputs.
@@ -83,10 +104,18 @@ inline Floats dot(Floats acc, const bf16* a, const bf16* b) {
 #endif
 }
 
-inline Floats dot(Floats acc, const bf16* a, const int8_t* b) {
-    acc += widen(a) * widen(b);
-    return acc + widen(a + WIDTH) * widen(b + WIDTH);
+// The same of integers, without rounding; b: what `words` gives.
+inline Ints dot(Ints acc, const int16_t* a, Words b) {
+#ifdef __AVX512VNNI__
+    return (Ints)_mm512_dpwssd_epi32((__m512i)acc, load<__m512i>(a), (__m512i)b);
+#else
+    const Words x = load<Words>(a);
+    for (int i = 0; i < WIDTH; ++i) acc[i] += x[2 * i] * b[2 * i] + x[2 * i + 1] * b[2 * i + 1];
+    return acc;
+#endif
 }
+
+inline Floats floats(const Ints v) { return __builtin_convertvector(v, Floats); }
 
 inline float silu(float x) { return x / (1 + std::exp(-x)); }
 
@@ -104,5 +133,25 @@ inline Floats exp_of_negative(const Floats x) {
     p = p * rest * rest + rest + 1.0f;
     return x < -87.0f ? Floats{} : p * (Floats)((n + 127) << 23);
 }
+
+// A number that is a type, for functions that are made for it.
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
+// Memory for a while.
+template <class T>
+class Buffer {
+    T* data;
+
+  public:
+    explicit Buffer(int64_t size) : data(static_cast<T*>(std::malloc((size + !size) * sizeof(T)))) {
+        if (!data) std::abort();
+    }
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    operator T*() const { return data; }
+};
 
 }  // namespace
