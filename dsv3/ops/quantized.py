@@ -27,7 +27,6 @@ from dsv3.ops.native import Stored
 from dsv3.ops.packed import LinearWeight
 
 GROUP = 32
-_FEW_ROWS = 16  # up to there our own kernel is faster than turning the weight into BF16 first
 _PIECE = 2**19  # weights that are brought into another form at a time: they stay in the cache
 
 
@@ -60,6 +59,8 @@ def dequantize_groups(q_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor
 class QuantizedWeight(LinearWeight):
     """A weight, quantised; takes BF16 activations."""
 
+    _few_rows = 64  # up to there our own kernel is faster than turning the weight into BF16 first
+
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
 
@@ -84,7 +85,7 @@ class QuantizedWeight(LinearWeight):
 
     def multiply(self, x_NI: Tensor) -> Tensor:
         """As in `LinearWeight`."""
-        if len(x_NI) <= _FEW_ROWS:
+        if len(x_NI) <= self._few_rows:
             fast = native.linear(x_NI, self._stored)
             if fast is not None:
                 return fast
@@ -115,6 +116,8 @@ class Int8Weight(QuantizedWeight):
 
 class Int8DynamicWeight(Int8Weight):
     """int8, one scale for each output, and activations in int8, one scale for each row."""
+
+    _few_rows = 32
 
     @staticmethod
     def available() -> bool:

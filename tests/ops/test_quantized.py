@@ -70,7 +70,7 @@ def test_int4_is_off_by_half_a_step_at_most_in_each_group(generator):
     assert (error[near] <= 0.6 * scale.float()[near].unsqueeze(-1)).all()
 
 
-ROWS = [1, 3, 16, 17, 40]
+ROWS = [1, 17, 70]
 
 
 @needs(Int8Weight)

@@ -127,20 +127,20 @@ def test_what_the_calls_do_not_take_goes_to_the_block(calls, generator):
     pack_weights(model)
     block = model.layers[0]
     assert isinstance(block, FusedBlock) and isinstance(block.block, Block)
-    h = torch.randn(2, 9, 64, generator=generator).bfloat16()
+    h = torch.randn(2, 33, 64, generator=generator).bfloat16()
 
     def run(h_BSD, cache):
         positions = torch.arange(h_BSD.shape[1]).unsqueeze(0)
         return block(h_BSD, make_context(config, positions, h.device, cache=cache))[0]
 
     def paged(num_tokens):
-        return PagedPass(pool(config), [Chunk([1, 2, 5], 0, num_tokens)])
+        return PagedPass(pool(config), [Chunk([1, 2, 5, 0, 3, 7, 4, 6, 8], 0, num_tokens)])
 
     def latents(num_rows):
-        return LatentCache(config, num_rows, 9, dtype=torch.bfloat16)
+        return LatentCache(config, num_rows, 33, dtype=torch.bfloat16)
 
     with torch.inference_mode():
-        for part, cache in ((h, latents(2)), (h[:1, :3], latents(1)), (h[:1], paged(9)), (h[:1, :3], None)):
+        for part, cache in ((h, latents(2)), (h[:1, :3], latents(1)), (h[:1], paged(33)), (h[:1, :3], None)):
             expected = plain(part, make_context(config, torch.arange(part.shape[1])[None], h.device))[0]
             torch.testing.assert_close(run(part, cache).float(), expected.float(), atol=0.05, rtol=0.05)
     with torch.no_grad():

@@ -38,19 +38,21 @@ inline void absorb_four(const bf16* q, int64_t from, const bf16* w_uk, int64_t N
     }
 }
 
-// acc[k][c ...] += sum_j probs[k][j] latent(j)[c ...] over n tokens, for VECTORS vectors from dimension c on.
-template <int HEADS, int VECTORS, class Latent>
-inline void weighted_sum(float* acc, Latent latent, const float* probs, int64_t n, int64_t c, int64_t C) {
-    Floats sums[HEADS][VECTORS];
+// acc[k][c ...] += sum_j p[k][j] latent(j)[c ...] over n tokens, for STEP dimensions from c on. Two tokens at a time:
+// probs[k][j / 2] are the probabilities of tokens j and j + 1, BF16.
+template <int HEADS, class Latent>
+inline void weighted_sum(float* acc, Latent latent, const uint32_t* probs, int64_t n, int64_t c, int64_t C) {
+    Floats sums[HEADS][2];
     for (int k = 0; k < HEADS; ++k)
-        for (int v = 0; v < VECTORS; ++v) sums[k][v] = load<Floats>(acc + k * C + c + v * WIDTH);
-    for (int64_t j = 0; j < n; ++j)
-        for (int v = 0; v < VECTORS; ++v) {
-            const Floats values = widen(latent(j) + c + v * WIDTH);
-            for (int k = 0; k < HEADS; ++k) sums[k][v] += values * probs[k * KEYS + j];
-        }
+        for (int v = 0; v < 2; ++v) sums[k][v] = load<Floats>(acc + k * C + c + v * WIDTH);
+    for (int64_t j = 0; j < n; j += 2) {
+        Ints pairs[2];
+        interleave(latent(j) + c, latent(j + 1 < n ? j + 1 : j) + c, pairs);
+        for (int k = 0; k < HEADS; ++k)
+            for (int v = 0; v < 2; ++v) sums[k][v] = dot(sums[k][v], pairs[v], probs[k * (KEYS / 2) + j / 2]);
+    }
     for (int k = 0; k < HEADS; ++k)
-        for (int v = 0; v < VECTORS; ++v) std::memcpy(acc + k * C + c + v * WIDTH, &sums[k][v], sizeof(Floats));
+        for (int v = 0; v < 2; ++v) std::memcpy(acc + k * C + c + v * WIDTH, &sums[k][v], sizeof(Floats));
 }
 
 // q[k] <- the first C of sum_j p_j latent(j), p the softmax of q[k] . latent(j) over the `visible` first tokens that
@@ -59,7 +61,8 @@ inline void weighted_sum(float* acc, Latent latent, const float* probs, int64_t 
 template <int HEADS, class Latent>
 void attend(bf16* q, Latent latent, const uint8_t* looks, float scale, float* acc, int64_t visible, int64_t C,
             int64_t X) {
-    float probs[HEADS * KEYS], total[HEADS] = {}, highest[HEADS];
+    float scores[HEADS * KEYS], total[HEADS] = {}, highest[HEADS];
+    uint32_t probs[HEADS * KEYS / 2];
     for (int k = 0; k < HEADS; ++k) highest[k] = -INFINITY;
     std::memset(acc, 0, HEADS * C * sizeof(float));
     for (int64_t begin = 0; begin < visible; begin += KEYS) {
@@ -69,22 +72,23 @@ void attend(bf16* q, Latent latent, const uint8_t* looks, float scale, float* ac
         for (int first = 0; first < HEADS; first += SOME)
             outputs<SOME>(n, of_block, q + first * X, X, [&](int64_t j, float* out) {
                 const bool hidden = looks && !looks[begin + j];
-                for (int k = 0; k < SOME; ++k) probs[(first + k) * KEYS + j] = hidden ? -INFINITY : out[k] * scale;
+                for (int k = 0; k < SOME; ++k) scores[(first + k) * KEYS + j] = hidden ? -INFINITY : out[k] * scale;
             });
         for (int k = 0; k < HEADS; ++k) {
-            float* p = probs + k * KEYS;
+            float* s = scores + k * KEYS;
             float most = highest[k];
-            for (int64_t j = 0; j < n; ++j) most = p[j] > most ? p[j] : most;
-            for (int64_t j = n; j < KEYS; ++j) p[j] = -INFINITY;
+            for (int64_t j = 0; j < n; ++j) most = s[j] > most ? s[j] : most;
+            for (int64_t j = n; j < KEYS; ++j) s[j] = -INFINITY;
             const float before = highest[k];
             highest[k] = most;
             // Where nothing may be seen yet all is zero; there -inf must not meet -inf.
             const Floats subtracted = Floats{} + (most == -INFINITY ? 0 : most);
             Floats sums = {};
             for (int64_t j = 0; j < KEYS; j += WIDTH) {
-                const Floats e = exp_of_negative(load<Floats>(p + j) - subtracted);
-                sums += e;
-                std::memcpy(p + j, &e, sizeof e);
+                bf16 rounded[WIDTH];
+                store(rounded, exp_of_negative(load<Floats>(s + j) - subtracted));
+                sums += widen(rounded);  // so that the weights add up to 1
+                std::memcpy(probs + k * (KEYS / 2) + j / 2, rounded, sizeof rounded);
             }
             if (before != most && before != -INFINITY) {
                 const float less = std::exp(before - most);
@@ -96,9 +100,9 @@ void attend(bf16* q, Latent latent, const uint8_t* looks, float scale, float* ac
         // Meanwhile the latents that come next are fetched.
         const int64_t left = visible - begin - KEYS;
         const int64_t num_next = left < 0 ? 0 : left < KEYS ? left : KEYS;
-        for (int64_t c = 0; c < C; c += 2 * WIDTH) {
+        for (int64_t c = 0; c < C; c += STEP) {
             for (int64_t j = 0; j < num_next; ++j) __builtin_prefetch(latent(begin + KEYS + j) + c, 0, 2);
-            weighted_sum<HEADS, 2>(acc, of_block, probs, n, c, C);
+            weighted_sum<HEADS>(acc, of_block, probs, n, c, C);
         }
     }
     for (int k = 0; k < HEADS; ++k)

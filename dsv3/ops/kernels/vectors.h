@@ -115,6 +115,33 @@ inline Ints dot(Ints acc, const int16_t* a, Words b) {
 #endif
 }
 
+// pairs[i / 16]: a[i] below b[i], for STEP values of each.
+inline void interleave(const bf16* a, const bf16* b, Ints pairs[2]) {
+#ifdef __AVX512BW__
+    alignas(64) static constexpr uint16_t ORDER[2][STEP] = {
+        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63},
+    };
+    const __m512i of_a = load<__m512i>(a), of_b = load<__m512i>(b);
+    for (int v = 0; v < 2; ++v) pairs[v] = (Ints)_mm512_permutex2var_epi16(of_a, load<__m512i>(ORDER[v]), of_b);
+#else
+    for (int v = 0; v < 2; ++v) {
+        const Ints low = __builtin_convertvector(load<Halves>(a + v * WIDTH), Ints);
+        pairs[v] = low | __builtin_convertvector(load<Halves>(b + v * WIDTH), Ints) << 16;
+    }
+#endif
+}
+
+// acc + a * p + b * q for pairs of a and b, and p below q, BF16.
+inline Floats dot(Floats acc, Ints pairs, uint32_t p_and_q) {
+#ifdef __AVX512BF16__
+    return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(p_and_q));
+#else
+    acc += (Floats)(pairs << 16) * widen((bf16)p_and_q);
+    return acc + (Floats)(pairs & ~0xffff) * widen((bf16)(p_and_q >> 16));
+#endif
+}
+
 inline Floats floats(const Ints v) { return __builtin_convertvector(v, Floats); }
 
 inline float silu(float x) { return x / (1 + std::exp(-x)); }
