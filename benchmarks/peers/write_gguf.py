@@ -36,6 +36,28 @@ _LAYER = {
     "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
 }
+# Where both count the same thing: what the writer calls it after "add_", and the config's field.
+_METADATA = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "layer_norm_rms_eps": "rms_norm_eps",
+    "head_count": "num_attention_heads",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "rope_freq_base": "rope_theta",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "expert_count": "n_routed_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_shared_count": "n_shared_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_weights_scale": "routed_scaling_factor",
+}
 _WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -59,34 +81,17 @@ def _write_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], q8_0: bool)
     assert config["model_type"] == "deepseek_v3" and config["rope_scaling"] is None, "no other model is written here"
     latent, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if q8_0 else gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    for theirs, ours in _METADATA.items():
+        if config[ours] is not None:
+            getattr(writer, f"add_{theirs}")(config[ours])
     # Attention is absorbed: all heads share the latent and the rotated key as their one key.
-    writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(1)
-    if config["q_lora_rank"] is not None:
-        writer.add_q_lora_rank(config["q_lora_rank"])
-    writer.add_kv_lora_rank(latent)
     writer.add_key_length(latent + rope)
     writer.add_value_length(latent)
     writer.add_key_length_mla(config["qk_nope_head_dim"] + rope)
     writer.add_value_length_mla(config["v_head_dim"])
     writer.add_rope_dimension_count(rope)
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
-    writer.add_expert_count(config["n_routed_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_expert_shared_count(config["n_shared_experts"])
-    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    writer.add_expert_group_count(config["n_group"])
-    writer.add_expert_group_used_count(config["topk_group"])
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-    writer.add_expert_weights_norm(config["norm_topk_prob"])
-    writer.add_expert_weights_scale(config["routed_scaling_factor"])
 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:

@@ -1,4 +1,4 @@
-"""The kernels of `kernels/`: compiled once on the machine that runs them, called with the addresses of tensors.
+"""The kernels of `kernels/`, which `build` compiles: called with the addresses of tensors.
 
 Decoding on a CPU is many small steps. PyTorch takes longer to begin an operation than a token's share of it takes to
 run, and multiplies a few rows by an expert's weights far slower than memory delivers these. What an operation is, its
@@ -13,24 +13,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv3.ops import build
 from dsv3.ops.latents import Latents
-
-_SOURCES = Path(__file__).with_name("kernels")
-_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-march=native")
 
 
 class Map(ctypes.Structure):
@@ -104,24 +95,8 @@ def usable(*tensors: Tensor) -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, built if this machine has not built them yet; None where they cannot be."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if os.environ.get("DSV3_NATIVE") == "0" or compiler is None or platform.system() != "Linux":
-        return None
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # a user whom the system does not know, without HOME
-        return None
-    made_of = [path.read_bytes() for path in sorted(_SOURCES.iterdir())] + [repr((compiler, _FLAGS, _cpu())).encode()]
-    key = hashlib.sha256(b"".join(made_of)).hexdigest()[:16]
-    path = Path(home) / "dsv3" / f"native-{key}.so"
-    try:
-        if not path.exists():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _build(compiler, path)
-        if not (_is_ours(path.parent) and _is_ours(path)):
-            return None
-        found = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+    found = build.load()
+    if found is None:
         return None
     for name, kinds in _ARGUMENTS.items():
         kernel = found[name]
@@ -135,31 +110,6 @@ def loaded() -> ctypes.CDLL:
     found = library()
     assert found is not None
     return found
-
-
-def _build(compiler: str, path: Path) -> None:
-    # Beside its place and renamed: of several processes that build at once, one wins and none reads half a file.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        command = [compiler, *_FLAGS, str(_SOURCES / "kernels.cpp"), "-o", str(built)]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        built.chmod(0o700)
-        os.replace(built, path)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether nobody else can have put it there: what it holds will be run."""
-    found = path.stat()
-    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
-
-
-def _cpu() -> str:
-    """What decides which instructions there are: a home folder may be shared by machines that differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:

@@ -71,7 +71,8 @@ class TextStream:
         if self._cut is None:
             self._held += self._utf8.decode(b"", final=True)
             return self._take(len(self._held), everything=True)
-        while self._tokens and self._tokens[-1][0] >= self._cut:
+        # One without text right before the stop string stays: it may have gone out before the string was there.
+        while self._tokens and self._tokens[-1][0] >= self._cut and self._tokens[-1][1] > self._cut:
             self._tokens.pop()
         return self._take(self._cut - self._out, everything=True)
 

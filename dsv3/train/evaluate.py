@@ -32,14 +32,14 @@ def bits_per_byte(
     batch_size: int,
     max_tokens: int,
     eos_token_id: int | None,
-    isolate: bool = False,
+    isolate_at: int | None = None,
     ranks: Ranks | None = None,
 ) -> float:
     """-sum log2 p(token) / bytes of those tokens, over about the first `max_tokens` held-out tokens of `source`.
 
     nats: the main model's loss, summed over this process's (or pipeline's) cases. token_bytes_V: bytes of UTF-8 text
     behind each id (0 for special tokens, whose loss still counts). Targets in another document than their input are
-    left out, as in training. isolate: attention stays inside documents.
+    left out, as in training. isolate_at: as of `StepSettings`.
     """
     ranks = Ranks() if ranks is None else ranks
     bytes_V = torch.as_tensor(token_bytes_V)
@@ -53,7 +53,7 @@ def bits_per_byte(
                 labels_BS = torch.full_like(labels_BS, IGNORE)
             totals[1] += int(bytes_V[labels_BS[labels_BS != IGNORE]].sum())
             here = MicroBatch(part.tokens_BS1.to(ranks.mesh.device), part.is_padding)
-            yield pass_input(here, eos_token_id, isolate), labels_BS.to(ranks.mesh.device)
+            yield pass_input(here, isolate_at), labels_BS.to(ranks.mesh.device)
 
     totals[0] = nats(cases())
     all_nats, all_bytes = ranks.sum_(totals).tolist()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv3.data.prepared import PreparedData
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.balance import LoadBalancer
 from dsv3.model.transformer import Transformer, routed_layers
 from dsv3.ops.cross_entropy import linear_cross_entropy
@@ -30,7 +31,7 @@ from dsv3.train.evaluate import Case
 from dsv3.train.guard import first_nonfinite, first_nonfinite_gradient
 from dsv3.train.pipelined import pipelined_backward_step, planned_stages
 from dsv3.train.sample import Sample, draw_sample
-from dsv3.train.step import Losses, Observe, backward_step, micro_batches, pass_input
+from dsv3.train.step import Losses, Observe, StepSettings, backward_step, micro_batches, pass_input
 from dsv3.train.timetable import Step
 
 
@@ -39,10 +40,14 @@ class Execution(ABC):
 
     model: Transformer | RankModel
     sharding: Sharding
+    eos_token_id: int
+    isolate_at: int | None  # as of `StepSettings`
     can_sample = True
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, eos_token_id: int) -> None:
-        self._config, self._ranks, self._eos_token_id = config, ranks, eos_token_id
+    def __init__(self, config: TrainConfig, ranks: Ranks, tokenizer: Tokenizer) -> None:
+        self._config, self._ranks = config, ranks
+        self.eos_token_id = tokenizer.eos_id
+        self.isolate_at = tokenizer.document_start_id if config.isolate else None
 
     @abstractmethod
     def backward_step(
@@ -80,8 +85,8 @@ class Execution(ABC):
 
         masters, gradients: of this process. All processes ask together, and get one answer.
         """
-        parts = micro_batches(tokens_BS1, self._micro_batch_size(plan), self._ranks)
-        inputs = [pass_input(part, self._eos_token_id, self._config.isolate) for part in parts]
+        parts = micro_batches(tokens_BS1, self._settings(plan)["micro_batch_size"], self._ranks)
+        inputs = [pass_input(part, self.isolate_at) for part in parts]
         began = first_nonfinite(self.model, lambda: self._forward(inputs), weights=masters, agree=self._first)
         gradient = first_nonfinite_gradient(gradients)
         return self._last(gradient and f"the gradient of {gradient}") if began is None else began
@@ -98,8 +103,14 @@ class Execution(ABC):
         """Of what processes found, what a forward pass meets last."""
         return self._ranks.first_found(found)
 
-    def _micro_batch_size(self, plan: Step) -> int:
-        return self._config.micro_batch_size or plan.sequences
+    def _settings(self, plan: Step) -> StepSettings:
+        return {
+            "micro_batch_size": self._config.micro_batch_size or plan.sequences,
+            "mtp_weight": plan.mtp_weight,
+            "eos_token_id": self.eos_token_id,
+            "isolate_at": self.isolate_at,
+            "ranks": self._ranks,
+        }
 
 
 class WholeModel(Execution):
@@ -108,9 +119,9 @@ class WholeModel(Execution):
     model: Transformer
 
     def __init__(
-        self, model: Transformer, config: TrainConfig, ranks: Ranks, eos_token_id: int, dtype: torch.dtype
+        self, model: Transformer, config: TrainConfig, ranks: Ranks, tokenizer: Tokenizer, dtype: torch.dtype
     ) -> None:
-        super().__init__(config, ranks, eos_token_id)
+        super().__init__(config, ranks, tokenizer)
         self.model = model
         model.recompute = config.recompute
         distribute_experts(model, ranks.mesh)
@@ -121,17 +132,7 @@ class WholeModel(Execution):
     def backward_step(
         self, balancer: LoadBalancer, tokens_BS1: Tensor, plan: Step, observe: Observe | None = None
     ) -> Losses:
-        return backward_step(
-            self.model,
-            balancer,
-            tokens_BS1,
-            micro_batch_size=self._micro_batch_size(plan),
-            mtp_weight=plan.mtp_weight,
-            eos_token_id=self._eos_token_id,
-            isolate=self._config.isolate,
-            ranks=self._ranks,
-            observe=observe,
-        )
+        return backward_step(self.model, balancer, tokens_BS1, observe=observe, **self._settings(plan))
 
     @torch.no_grad()
     def nats(self, cases: Iterable[Case]) -> float:
@@ -163,9 +164,9 @@ class Pipelined(Execution):
     can_sample = False  # generation wants all layers at once
 
     def __init__(
-        self, model: Transformer, config: TrainConfig, ranks: Ranks, eos_token_id: int, dtype: torch.dtype
+        self, model: Transformer, config: TrainConfig, ranks: Ranks, tokenizer: Tokenizer, dtype: torch.dtype
     ) -> None:
-        super().__init__(config, ranks, eos_token_id)
+        super().__init__(config, ranks, tokenizer)
         mesh = ranks.mesh
         parts = planned_stages(config, model.config, pp=mesh.pp.size, data_ranks=mesh.data.size)
         model.recompute = config.recompute
@@ -183,17 +184,9 @@ class Pipelined(Execution):
         """As in `Execution`; a step of `timeline_steps` leaves its timeline in the run's folder."""
         spans: list[Span] = []
         recorded = plan.number in self._config.timeline_steps
+        record = spans.append if recorded else None
         losses = pipelined_backward_step(
-            self.pipeline,
-            balancer,
-            tokens_BS1,
-            micro_batch_size=self._micro_batch_size(plan),
-            mtp_weight=plan.mtp_weight,
-            eos_token_id=self._eos_token_id,
-            isolate=self._config.isolate,
-            ranks=self._ranks,
-            observe=observe,
-            record=spans.append if recorded else None,
+            self.pipeline, balancer, tokens_BS1, observe=observe, record=record, **self._settings(plan)
         )
         if recorded:
             self._ranks.together(lambda: self._save_timeline(plan.number, spans))
@@ -256,7 +249,7 @@ class Pipelined(Execution):
 
 
 def make_execution(
-    model: Transformer, config: TrainConfig, ranks: Ranks, eos_token_id: int, dtype: torch.dtype
+    model: Transformer, config: TrainConfig, ranks: Ranks, tokenizer: Tokenizer, dtype: torch.dtype
 ) -> Execution:
     """Divide a model among the processes; `UserError` if it cannot be.
 
@@ -264,7 +257,7 @@ def make_execution(
     will compute in.
     """
     kind = Pipelined if ranks.mesh.pp.size > 1 else WholeModel
-    return kind(model, config, ranks, eos_token_id, dtype)
+    return kind(model, config, ranks, tokenizer, dtype)
 
 
 def _summing(labels: Sequence[Tensor], total: Tensor) -> Callable[[tuple[Tensor, ...], Tensor, int], Tensor]:

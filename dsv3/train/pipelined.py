@@ -5,6 +5,8 @@ And before a run begins: whether its pipeline can run its steps at all.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor
 
 from dsv3.config import ModelConfig
@@ -13,10 +15,9 @@ from dsv3.model.balance import LoadBalancer
 from dsv3.model.router import Routing
 from dsv3.parallel.layout import StagePart, balanced_layout, parse_layout
 from dsv3.parallel.pipeline import Observer, Pipeline, schedule_over
-from dsv3.parallel.ranks import Ranks
 from dsv3.plan.schedules import make_schedule
 from dsv3.train.config import TrainConfig
-from dsv3.train.step import Losses, Observe, StepLosses
+from dsv3.train.step import Losses, Observe, StepLosses, StepSettings
 from dsv3.train.timetable import timetable
 
 
@@ -49,13 +50,9 @@ def pipelined_backward_step(
     balancer: LoadBalancer,
     tokens_BS1: Tensor,
     *,
-    micro_batch_size: int,
-    mtp_weight: float,
-    eos_token_id: int | None,
-    isolate: bool = False,
-    ranks: Ranks | None = None,
     observe: Observe | None = None,
     record: Observer | None = None,
+    **settings: Unpack[StepSettings],
 ) -> Losses:
     """Forward and backward of a whole step through the pipeline; gradients add up in `pipeline.model`.
 
@@ -64,15 +61,7 @@ def pipelined_backward_step(
     (`pipeline.sum_gradients`), as those of data-parallel ranks have. Raises `UserError` if the schedule cannot run so
     many micro-batches.
     """
-    step = StepLosses(
-        pipeline.model.config,
-        tokens_BS1,
-        micro_batch_size=micro_batch_size,
-        mtp_weight=mtp_weight,
-        eos_token_id=eos_token_id,
-        isolate=isolate,
-        ranks=Ranks() if ranks is None else ranks,
-    )
+    step = StepLosses(pipeline.model.config, tokens_BS1, **settings)
 
     def observe_all(routings: dict[str, Routing], micro_batch: int) -> None:
         balancer.observe(routings)

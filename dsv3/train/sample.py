@@ -39,9 +39,9 @@ def draw_sample(model: Transformer, data: PreparedData, config: TrainConfig) -> 
     """Continue the beginning of the first source's held-out text by at most `config.sample_tokens` tokens."""
     tokenizer, length = data.tokenizer, config.seq_len
     beginning = data.sources[0].held_out[0].ids[: min(_PROMPT_TOKENS, max(1, length // 2))].tolist()
-    # Attention that stays inside documents has never seen the token in front of one.
-    start = [] if config.isolate else [tokenizer.document_start_id]
-    prompt = [*start, *beginning][:length]
+    # As every text that is continued; a BOS the data has already.
+    start = [tokenizer.document_start_id]
+    prompt = beginning if beginning[:1] == start else (start + beginning)[:length]
     # Sharded weights are FP32 whatever is computed in; a run's settings say what that is.
     dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     new = continuation(model, prompt, min(config.sample_tokens, length - len(prompt)), tokenizer.eos_id, dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -49,11 +50,6 @@ def labels_at(tokens_BS1: Tensor, depth: int, eos_token_id: int | None) -> Tenso
     return labels.masked_fill(document_BS1[:, depth + 1 :] != document_BS1[:, : labels.shape[1]], IGNORE)
 
 
-def isolation_mask(tokens_BS: Tensor, eos_token_id: int | None, isolate: bool) -> Tensor | None:
-    """The `mask` of `Transformer.hidden_states`: inside documents only if `isolate`, else None, which is causal."""
-    return document_mask(tokens_BS, eos_token_id) if isolate and eos_token_id is not None else None
-
-
 @dataclass(frozen=True)
 class MicroBatch:
     """Sequences of one forward pass; padding counts for nothing and is there because other processes run one."""
@@ -70,14 +66,24 @@ def micro_batches(tokens_BS1: Tensor, size: int, ranks: Ranks) -> Iterator[Micro
         yield MicroBatch(tokens_BS1.new_zeros(1, tokens_BS1.shape[1]), is_padding=True)
 
 
-def pass_input(part: MicroBatch, eos_token_id: int | None, isolate: bool) -> PassInput:
-    """What a forward pass over `part` reads."""
+def pass_input(part: MicroBatch, isolate_at: int | None) -> PassInput:
+    """What a forward pass over `part` reads. isolate_at: as of `StepSettings`."""
     inputs_BS = part.tokens_BS1[:, :-1]
     return PassInput(
         inputs_BS,
-        mask=isolation_mask(inputs_BS, eos_token_id, isolate),
+        mask=None if isolate_at is None else document_mask(inputs_BS, isolate_at),
         valid_BS=torch.zeros_like(inputs_BS, dtype=torch.bool) if part.is_padding else None,
     )
+
+
+class StepSettings(TypedDict):
+    """How a step is divided and what it minimises: keyword arguments, the same however its passes are made."""
+
+    micro_batch_size: int  # sequences per pass
+    mtp_weight: float  # lambda of eq. 25; 0: the MTP modules are left out
+    eos_token_id: int | None  # no target lies past it; None: the sequences are one document each
+    isolate_at: NotRequired[int | None]  # attention stays inside documents, which begin with this token
+    ranks: NotRequired[Ranks | None]  # None: this process alone
 
 
 class StepLosses:
@@ -87,26 +93,18 @@ class StepLosses:
     since a loss is divided by a count over all of them.
 
     Minimised: L_main + mtp_weight / D sum_k L_k (eq. 25) + alpha x the sequence-wise balance loss, each a mean
-    over all the step's targets or sequences. isolate: attention stays inside documents.
+    over all the step's targets or sequences.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        tokens_BS1: Tensor,
-        *,
-        micro_batch_size: int,
-        mtp_weight: float,
-        eos_token_id: int | None,
-        isolate: bool,
-        ranks: Ranks,
-    ) -> None:
-        mtp_depths = config.num_nextn_predict_layers
+    def __init__(self, config: ModelConfig, tokens_BS1: Tensor, **settings: Unpack[StepSettings]) -> None:
+        mtp_depths, mtp_weight = config.num_nextn_predict_layers, settings["mtp_weight"]
+        self._isolate_at = settings.get("isolate_at")
+        self._ranks = ranks = settings.get("ranks") or Ranks()
         self.mtp = mtp_weight > 0
-        self.parts = list(micro_batches(tokens_BS1, micro_batch_size, ranks))
-        self._ranks, self._eos_token_id, self._isolate = ranks, eos_token_id, isolate
+        self.parts = list(micro_batches(tokens_BS1, settings["micro_batch_size"], ranks))
         self._labels = [
-            [labels_at(part.tokens_BS1, k, eos_token_id) for k in range(1 + mtp_depths)] for part in self.parts
+            [labels_at(part.tokens_BS1, k, settings["eos_token_id"]) for k in range(1 + mtp_depths)]
+            for part in self.parts
         ]
         for part, labels in zip(self.parts, self._labels, strict=True):
             if part.is_padding:
@@ -120,7 +118,7 @@ class StepLosses:
 
     def inputs(self) -> Iterator[PassInput]:
         """One forward pass's after the other's."""
-        return (pass_input(part, self._eos_token_id, self._isolate) for part in self.parts)
+        return (pass_input(part, self._isolate_at) for part in self.parts)
 
     def loss(self, hiddens: tuple[Tensor, ...], head_VD: Tensor, micro_batch: int) -> Tensor:
         """The scalar whose gradients add up to the step's. hiddens: of depth k = 0, 1, .., [B, S-k, D]."""
@@ -151,27 +149,14 @@ def backward_step(
     balancer: LoadBalancer,
     tokens_BS1: Tensor,
     *,
-    micro_batch_size: int,
-    mtp_weight: float,
-    eos_token_id: int | None,
-    isolate: bool = False,
-    ranks: Ranks | None = None,
     observe: Observe | None = None,
+    **settings: Unpack[StepSettings],
 ) -> Losses:
     """Forward and backward of a whole step in micro-batches; gradients add up in the model (or its masters).
 
-    What is minimised, and the arguments: `StepLosses`. The balancer observes each token once, and `observe` is told
-    the same routings.
+    What is minimised: `StepLosses`. The balancer observes each token once, and `observe` is told the same routings.
     """
-    step = StepLosses(
-        model.config,
-        tokens_BS1,
-        micro_batch_size=micro_batch_size,
-        mtp_weight=mtp_weight,
-        eos_token_id=eos_token_id,
-        isolate=isolate,
-        ranks=Ranks() if ranks is None else ranks,
-    )
+    step = StepLosses(model.config, tokens_BS1, **settings)
     for number, inputs in enumerate(step.inputs()):
         hidden = model.hidden_states(
             inputs.tokens_BS,

@@ -75,11 +75,10 @@ class Trainer:
         self.run, self.config, self.data = run, config, data
         self.ranks = Ranks(Mesh(device=pick_device(config.device))) if ranks is None else ranks
         self.device = self.ranks.mesh.device
-        self.eos_token_id = data.tokenizer.eos_id
         self.dtype = pick_dtype(config.dtype, self.device)
         with torch.device("meta"):
             whole = Transformer(model_config)
-        self.execution = make_execution(whole, config, self.ranks, self.eos_token_id, self.dtype)
+        self.execution = make_execution(whole, config, self.ranks, data.tokenizer, self.dtype)
         self.model, self.sharding = self.execution.model, self.execution.sharding
         self.optimizer = _make_optimizer(self.model, config, self.sharding)
         if checkpoint is None:  # one of the run's own has all that is needed, so `init` may be gone by then
@@ -187,8 +186,8 @@ class Trainer:
                 seq_len=config.seq_len,
                 batch_size=config.micro_batch_size or self.timetable[0].sequences,
                 max_tokens=config.eval_tokens // len(sources),
-                eos_token_id=self.eos_token_id,
-                isolate=config.isolate,
+                eos_token_id=self.execution.eos_token_id,
+                isolate_at=self.execution.isolate_at,
                 ranks=self.ranks,
             )
             for source in sources

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given
+from tokenizers.processors import TemplateProcessing
 
-from dsv3.data.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, StreamDecoder, Tokenizer
+from dsv3.data.tokenizer import BOS, MIN_VOCAB_SIZE, SPECIAL_TOKENS, StreamDecoder, Tokenizer
 from dsv3.errors import UserError
 
 # Text that is likely to trip a tokenizer: special tokens and parts of them, whitespace, digits, many scripts.
@@ -176,6 +177,17 @@ def test_a_document_starts_with_bos_if_the_settings_say_so(tokenizer, released, 
     assert loaded.document_start_id == (loaded.bos_id if add_bos_token else loaded.eos_id)
     loaded.save(tmp_path / "again")
     assert Tokenizer.load(tmp_path / "again").document_start_id == loaded.document_start_id
+
+
+def test_a_tokenizer_that_adds_bos_by_itself_adds_none_here(tokenizer, write_text):
+    """Its own rule for that would put a second one behind the one that begins a document."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
+    backend.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_id)])
+    text = write_text(3)
+    assert backend.encode(text).ids[0] == tokenizer.bos_id
+    adding = Tokenizer(backend, add_bos_token=True)
+    assert adding.encode(text) == tokenizer.encode(text) and adding.document_start_id == tokenizer.bos_id
+    assert adding.encode(text, bos=True) == [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 @pytest.mark.parametrize(

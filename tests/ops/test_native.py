@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -237,34 +233,3 @@ def test_biases_of_another_dtype_are_left_alone(generator):
     biased = {"chosen": 2, "groups": 1, "kept_groups": 1, "pairs": False, "normalised": True, "factor": 1.0}
     assert native.select_experts(scores_TE, torch.zeros(16), **biased) is not None
     assert native.select_experts(scores_TE, torch.zeros(16).bfloat16(), **biased) is None
-
-
-def test_only_a_library_that_nobody_else_can_have_written_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.library.__wrapped__() is not None
-    folder = tmp_path / "dsv3"
-    (built,) = folder.iterdir()
-    for path in (folder, built):
-        assert not path.stat().st_mode & 0o077
-        path.chmod(0o777)
-        assert native.library.__wrapped__() is None
-        path.chmod(0o700)
-    assert native.library.__wrapped__() is not None
-    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    assert native.library.__wrapped__() is None
-
-
-def test_without_a_home_there_are_no_kernels(monkeypatch):
-    def nowhere():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(native.Path, "home", nowhere)
-    assert native.library.__wrapped__() is None
-
-
-def test_it_can_be_switched_off():
-    code = "from dsv3.ops import native; print(native.library())"
-    run = [sys.executable, "-c", code]
-    assert subprocess.check_output(run, env={**os.environ, "DSV3_NATIVE": "0"}, text=True).strip() == "None"
-    assert subprocess.check_output(run, env={**os.environ, "CXX": "no-such-compiler"}, text=True).strip() == "None"

@@ -60,6 +60,21 @@ def test_no_stop_string_leaks_at_any_moment(text, tokenizer, seed):
                 assert len(tokenizer.decode_bytes(tokens[:-1]).decode(errors="ignore")) < max(cut[0], 1)
 
 
+@pytest.mark.parametrize("taken_between", [False, True])
+def test_a_token_without_text_shows_whenever_it_was_taken(taken_between, tokenizer):
+    """Before a stop string it shows and inside one it does not, however many tokens come in a step."""
+    a, b, c = (tokenizer.encode(letter)[0] for letter in "abc")
+    stream = TextStream(tokenizer, ("bc",))
+    out = []
+    for index in (a, tokenizer.eos_id, b, tokenizer.eos_id, c):
+        found = stream.add(Token(index))
+        if taken_between and found is None:
+            out += stream.take()[1]
+    assert found == "bc"
+    out += stream.finish()[1]
+    assert [token.id for token in out] == [a, tokenizer.eos_id]
+
+
 def test_text_that_cannot_become_a_stop_string_is_out_at_once(tokenizer):
     stream = TextStream(tokenizer, ("ab!", "b?"))
     shown = []

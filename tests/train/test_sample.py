@@ -3,13 +3,14 @@
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from dsv3.config import ModelConfig
+from dsv3.data.encode import DocumentEncoder
 from dsv3.data.prepared import PreparedData, PreparedSource
 from dsv3.data.shards import Shard
+from dsv3.data.split import Part
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.transformer import Transformer
 from dsv3.train.config import TrainConfig
@@ -17,11 +18,23 @@ from dsv3.train.sample import Sample, continuation, draw_sample
 
 
 @pytest.fixture
-def data() -> PreparedData:
-    text = "\n".join(f"the {i}th line says {i * i}" for i in range(100))
-    tokenizer = Tokenizer.train([text], 300)
-    shard = Shard(Path("unused"), np.array(tokenizer.encode(text), np.uint16))
-    return PreparedData(Path("unused"), tokenizer, (PreparedSource("lines", Fraction(1), (), (shard,)),))
+def lines() -> str:
+    return "\n".join(f"the {i}th line says {i * i}" for i in range(100))
+
+
+def prepared(text: str, add_bos_token: bool) -> PreparedData:
+    """One document, prepared with a tokenizer that begins it with BOS, or not."""
+    trained = Tokenizer.train([text], 300)
+    tokenizer = Tokenizer(trained._backend, add_bos_token=add_bos_token)
+    (ids,) = DocumentEncoder(tokenizer, 0.0, 0.0).encode([Part(text, "lines", "held_out", 0)])
+    return PreparedData(
+        Path("unused"), tokenizer, (PreparedSource("lines", Fraction(1), (), (Shard(Path("unused"), ids),)),)
+    )
+
+
+@pytest.fixture
+def data(lines) -> PreparedData:
+    return prepared(lines, add_bos_token=False)
 
 
 @pytest.fixture
@@ -69,20 +82,23 @@ def test_a_sample_draws_no_random_numbers_and_repeats(model, data):
 
 
 @pytest.mark.parametrize(("seq_len", "prompt", "new"), [(1, 1, 0), (6, 3, 2), (200, 32, 50)])
-@pytest.mark.parametrize("isolate", [False, True])
-def test_a_sample_stays_within_the_length_trained_on(seq_len, prompt, new, isolate, model, data, monkeypatch):
-    seen = []
+@pytest.mark.parametrize("add_bos_token", [False, True])
+def test_a_sample_begins_a_document_within_the_length_trained_on(
+    seq_len, prompt, new, add_bos_token, model, lines, monkeypatch
+):
+    """One token begins it: BOS, which the data has, or the EOS of a document before."""
+    data, seen = prepared(lines, add_bos_token), []
 
     def record(model, tokens, max_new_tokens, eos_token_id, dtype):
         seen.append((tokens, max_new_tokens))
         return []
 
     monkeypatch.setattr("dsv3.train.sample.continuation", record)
-    draw_sample(model, data, TrainConfig(seq_len=seq_len, sample_tokens=50, isolate=isolate))
+    draw_sample(model, data, TrainConfig(seq_len=seq_len, sample_tokens=50))
     ((tokens, max_new_tokens),) = seen
-    ids = data.sources[0].held_out[0].ids.tolist()
-    start = [] if isolate else [data.tokenizer.document_start_id]
-    assert tokens == (start + ids[:prompt])[:seq_len]
+    text = data.tokenizer.encode(lines)
+    start = data.tokenizer.bos_id if add_bos_token else data.tokenizer.eos_id
+    assert tokens == [start, *text[: prompt - add_bos_token]][:seq_len]
     assert len(tokens) + max_new_tokens <= seq_len and max_new_tokens >= new
 
 

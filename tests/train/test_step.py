@@ -9,7 +9,7 @@ from dsv3.config import ModelConfig
 from dsv3.model.balance import LoadBalancer
 from dsv3.model.transformer import Transformer
 from dsv3.ops.cross_entropy import IGNORE
-from dsv3.train.step import Losses, backward_step, isolation_mask, labels_at
+from dsv3.train.step import Losses, MicroBatch, backward_step, labels_at, pass_input
 from tests import reference
 from tests.variants import BASE, VARIANTS, random_model, random_tokens
 
@@ -160,18 +160,18 @@ def test_sequences_too_short_for_a_depth(generator):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_isolated_documents_are_what_they_would_be_alone(recompute, generator):
-    """Loss, gradients and counts of packed documents are sums over the documents, each run by itself."""
+    """The losses of packed documents are sums over the documents, each run by itself behind what begins it."""
     config = BASE.replace(aux_loss_alpha=0, num_nextn_predict_layers=2)
     model = random_model(config, generator, torch.float64)
     model.recompute = recompute
     texts = [random_tokens(config, (length,), generator).clamp_min(EOS + 1) for length in (5, 1, 9, 4)]
-    alone = [torch.cat((text, torch.tensor([EOS])))[None] for text in texts]
-    packed = torch.cat(alone, dim=1)
+    alone = [torch.cat((torch.tensor([EOS]), text, torch.tensor([EOS])))[None] for text in texts]
+    packed = torch.cat([alone[0], *(document[:, 1:] for document in alone[1:])], dim=1)
 
     def loss_sums(tokens: torch.Tensor, isolate: bool) -> list[float]:
-        balancer = LoadBalancer(model)
+        balancer, isolate_at = LoadBalancer(model), EOS if isolate else None
         losses = backward_step(
-            model, balancer, tokens, micro_batch_size=1, mtp_weight=0.3, eos_token_id=EOS, isolate=isolate
+            model, balancer, tokens, micro_batch_size=1, mtp_weight=0.3, eos_token_id=EOS, isolate_at=isolate_at
         )
         values = (losses.main, *losses.mtp)
         counts = [(labels_at(tokens, depth, EOS) != IGNORE).sum().item() for depth in range(len(values))]
@@ -190,9 +190,8 @@ def test_isolation_lets_no_gradient_cross(generator):
     other = tokens.clone()
     other[0, :7] = random_tokens(BASE, (7,), generator).clamp_min(EOS + 1)
     for isolate in (False, True):
-        hidden = [
-            model.hidden_states(row, mask=isolation_mask(row, EOS, isolate)).main_BSD[:, 8:] for row in (tokens, other)
-        ]
+        inputs = [pass_input(MicroBatch(row), EOS if isolate else None) for row in (tokens, other)]
+        hidden = [model.hidden_states(each.tokens_BS, mask=each.mask).main_BSD[:, 8:] for each in inputs]
         same = torch.allclose(*hidden, rtol=1e-6, atol=1e-9)
         assert same == isolate
 
