@@ -34,7 +34,7 @@ def ways_to_multiply(weight_OI: Tensor) -> dict[str, tuple[Callable[[Tensor], Te
         ways["packed BF16"] = (PackedWeight(weight_OI).linear, 2.0)
     for name, (kind, num_bytes) in KINDS.items():
         if kind.available():
-            ways[name] = (kind(weight_OI).linear, num_bytes)
+            ways[name] = (kind(kind.quantize(weight_OI)).linear, num_bytes)
     return ways
 
 
@@ -53,7 +53,7 @@ def median_seconds(ways: Sequence[Callable[[], object]], rounds: int) -> list[fl
     return [statistics.median(found) for found in seconds]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def measure(shape: tuple[int, int], rows: Sequence[int], rounds: int) -> list[dict[str, object]]:
     weight_OI = torch.randn(shape).bfloat16()
     ways = ways_to_multiply(weight_OI)

@@ -40,14 +40,15 @@ class FusedBlock(nn.Module):
 
     def forward(self, h_BSD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
         passed, n = context.cache, h_BSD.shape[1]
-        usable = n <= _FEW_TOKENS and native.usable(h_BSD) and h_BSD.is_contiguous()
-        if not (usable and isinstance(passed, PagedPass)):
+        fused = isinstance(passed, PagedPass) and (n <= _FEW_TOKENS or passed.always_fused)
+        if not (fused and native.usable(h_BSD) and h_BSD.is_contiguous()):
             through_block: tuple[Tensor, Routing | None] = self.block(h_BSD, context)
             return through_block
         E, K = self._num_experts, self._num_chosen
         out_BSD = torch.empty_like(h_BSD)
         ids_nK, counts_E = (h_BSD.new_empty(shape, dtype=torch.int64) for shape in ((n, K), (E,)))
         scores_nE, weights_nK = (h_BSD.new_empty(n, width, dtype=torch.float32) for width in (E, K))
+        assert isinstance(passed, PagedPass)
         native.loaded().run_block(
             *(ctypes.byref(self._described), ctypes.byref(passed.described(context.cos, context.sin))),
             *(h_BSD.data_ptr(), passed.address(self.block.self_attn.layer), out_BSD.data_ptr()),

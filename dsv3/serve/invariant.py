@@ -1,13 +1,18 @@
 """Batch-invariant computing on a CPU: a token's numbers, to the last bit, depend on its own text alone.
 
-Batching changes results because a matrix product chooses its order of additions by its shape. Here every product has
-one shape: a pass is made of tiles of `TILE` tokens, and each linear map is computed tile by tile, filled up with zeros
-where there are fewer rows (an expert's). In a product of a fixed shape a row's result does not depend on its place nor
-on the other rows (tests hold this machine to it). Attention treats every token as a sequence of its own with one query,
-over as many keys as its position rounded up to `KEYS`; what lies behind it is masked and adds exact zeros. So it does
-not matter which tokens share a pass, where a prompt is cut, or what came from the prefix cache.
+Batching changes results because a matrix product chooses its order of additions by its shape. Our own kernels do not:
+each sum is taken in one order whatever is computed beside it. Where they take all of a model, every pass goes through
+them, however many tokens it has (`KernelPass`), and nothing else needs to be done.
 
-The price: products of 16 rows where a prompt could have hundreds, and the latents read once for each token.
+Elsewhere every product has one shape: a pass is made of tiles of `TILE` tokens, and each linear map is computed tile
+by tile, filled up with zeros where there are fewer rows (an expert's). In a product of a fixed shape a row's result
+does not depend on its place nor on the other rows (tests hold this machine to it). Attention treats every token as a
+sequence of its own with one query, over as many keys as its position rounded up to `KEYS`; what lies behind it is
+masked and adds exact zeros. So it does not matter which tokens share a pass, where a prompt is cut, or what came from
+the prefix cache.
+
+The price: a prompt's attention goes over the latents once for each token, and products have 16 rows, or our kernels',
+where oneDNN's are faster with hundreds.
 
 Shapes: T tokens, R rows of the pass (a multiple of TILE), K keys, X latent, D model, I and O a map's input and output.
 """
@@ -23,13 +28,28 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dsv3.model.cache import Piece
+from dsv3.model.transformer import Transformer
+from dsv3.ops import native
 from dsv3.ops.experts import few_rows
 from dsv3.ops.latents import Latents
 from dsv3.ops.packed import linear_by
-from dsv3.serve.paged_cache import Chunk, PagedCache
+from dsv3.serve.fused import FusedBlock
+from dsv3.serve.paged_cache import Chunk, PagedCache, PagedPass
 
 TILE = 16
 KEYS = 64
+
+
+def pass_kind(model: Transformer) -> type[KernelPass] | type[TiledPass]:
+    """What passes of this model have to be."""
+    blocks = [*model.layers, *(module.block for module in model.mtp)]
+    return KernelPass if all(isinstance(block, FusedBlock) for block in blocks) else TiledPass
+
+
+class KernelPass(PagedPass):
+    """`PagedPass`, through our own kernels whatever its size."""
+
+    always_fused = True
 
 
 class TiledPass:
@@ -93,7 +113,7 @@ class TiledPass:
 
 
 class FixedShapes(TorchFunctionMode):
-    """Inside, linear maps and products of two matrices are computed TILE rows at a time."""
+    """Inside, linear maps are computed by our own kernel, and products that it does not take TILE rows at a time."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -103,6 +123,10 @@ class FixedShapes(TorchFunctionMode):
             return True
         if func in (F.linear, linear_by):
             x, weight = args[:2]
+            if func is linear_by and (stored := weight.in_memory()) is not None:
+                fast = native.linear(x.reshape(-1, x.shape[-1]).contiguous(), stored)
+                if fast is not None:
+                    return fast.unflatten(0, x.shape[:-1])
             return _by_tiles(x.reshape(-1, x.shape[-1]), lambda tile: func(tile, weight)).unflatten(0, x.shape[:-1])
         if func is torch.mm:
             product = _by_tiles(args[0], lambda tile: func(tile, args[1]))

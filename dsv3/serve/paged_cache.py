@@ -82,6 +82,8 @@ class PagedCache:
 class PagedPass:
     """What one pass sees of the pool: a `model.cache.Cache` whose row of tokens is `chunks`, one behind the other."""
 
+    always_fused = False  # whether `fused` takes it even if it has many tokens
+
     def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]) -> None:
         self._cache = cache
         device = cache._data.device

@@ -16,7 +16,7 @@ from torch import Tensor
 from dsv3.model.router import Routing
 from dsv3.model.transformer import Transformer
 from dsv3.serve.draft import Drafter, DraftJob, DraftState
-from dsv3.serve.invariant import FixedShapes, TiledPass
+from dsv3.serve.invariant import FixedShapes, pass_kind
 from dsv3.serve.outputs import Token
 from dsv3.serve.paged_cache import Chunk, PagedCache, PagedPass, Pass, grouped_order
 from dsv3.serve.request import Continuation
@@ -42,7 +42,8 @@ class Runner:
 
     def __init__(self, model: Transformer, cache: PagedCache, draft_depth: int, *, batch_invariant: bool) -> None:
         self.model, self.cache, self.draft_depth = model, cache, draft_depth
-        self._pass_over: Callable[[Sequence[Chunk]], Pass] = partial(TiledPass if batch_invariant else PagedPass, cache)
+        kind = pass_kind(model) if batch_invariant else PagedPass
+        self._pass_over: Callable[[Sequence[Chunk]], Pass] = partial(kind, cache)
         self._numerics = FixedShapes if batch_invariant else nullcontext
         self._drafter = Drafter(model, draft_depth, self._pass_over)
         self.expert_load: dict[str, Tensor] = {}  # tokens per expert since the start, drafts that fell included

@@ -16,7 +16,7 @@ from dsv3.ops.quantized import Int4Weight, Int8DynamicWeight, Int8Weight
 from dsv3.serve.engine import Engine
 from dsv3.serve.engine_config import EngineConfig
 from dsv3.serve.generate import generate
-from dsv3.serve.invariant import TILE, FixedShapes
+from dsv3.serve.invariant import TILE, FixedShapes, KernelPass, pass_kind
 from dsv3.serve.pack import pack_weights
 from dsv3.serve.params import SamplingParams
 from tests.variants import BASE, random_model, random_tokens
@@ -70,6 +70,16 @@ CONFIGS = {
     "tiny": BASE.replace(max_position_embeddings=160, num_nextn_predict_layers=2),
     "micro": ModelConfig.preset("micro").replace(vocab_size=48),
 }
+FUSED = BASE.replace(  # our own kernels take all of it
+    hidden_size=64,
+    moe_intermediate_size=64,
+    intermediate_size=128,
+    q_lora_rank=64,
+    kv_lora_rank=64,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    max_position_embeddings=160,
+)
 CASES = [
     ("tiny", torch.float32, 1),
     ("micro", torch.bfloat16, 1),
@@ -91,6 +101,16 @@ def test_texts_and_logits_are_bitwise_those_of_the_request_alone(name, dtype, th
     model = close_calls(CONFIGS[name], generator, dtype)
     if dtype == torch.bfloat16:
         pack_weights(model)
+    check_invariance(model, generator)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_so_they_are_through_our_own_kernels(quantization, threads, generator):
+    """However many tokens a pass has. (`pass_kind` chooses it where all blocks are taken.)"""
+    model = close_calls(FUSED, generator, torch.bfloat16)
+    pack_weights(model, quantization if can_pack(model.lm_head.weight) else "none")
+    if pass_kind(model) is not KernelPass:
+        pytest.skip("our own kernels are not here")
     check_invariance(model, generator)
 
 
