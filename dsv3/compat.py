@@ -36,6 +36,12 @@ def cpu_has_bf16_gemm() -> bool:
     return any(probe is not None and probe() for probe in probes)
 
 
+def cpu_has_amx() -> bool:
+    """Whether this CPU has matrix units, which oneDNN uses."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return probe is not None and bool(probe())
+
+
 def can_pack_weights() -> bool:
     """Whether this torch lets a linear map's weight be laid out for oneDNN ahead of time."""
     return all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")) and bool(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsv3.config import ModelConfig
 from dsv3.model.router import Router, Routing
+from dsv3.ops import native_prompts
 from dsv3.ops.experts import grouped_swiglu, row_alignment
 from dsv3.ops.recompute import recomputed
 from dsv3.ops.rows import gather_rows, sum_rows
@@ -73,11 +74,15 @@ class LocalDispatcher:
     """All experts are here: dispatch is a sort by expert, combine its inverse and a sum. Drops no token."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        T, K = routing.expert_ids_TK.shape
+        (T, K), E = routing.expert_ids_TK.shape, routing.scores_TE.shape[1]
+        unit = row_alignment(x_TD, T * K, E)
+        fast = native_prompts.group_rows(x_TD, routing.expert_ids_TK, routing.weights_TK, E, unit)
+        if fast is not None:
+            return Dispatched(*fast)
         order_N = routing.expert_ids_TK.flatten().argsort(stable=True)
-        counts_E = torch.bincount(routing.expert_ids_TK.flatten(), minlength=routing.scores_TE.shape[1])
+        counts_E = torch.bincount(routing.expert_ids_TK.flatten(), minlength=E)
         tokens_N, rows_N = order_N // K, torch.arange(T * K, device=order_N.device)
-        if (unit := row_alignment(x_TD, T * K, counts_E.shape[0])) > 1:
+        if unit > 1:
             aligned_E = (counts_E + unit - 1) // unit * unit
             shift_E = (aligned_E.cumsum(0) - aligned_E) - (counts_E.cumsum(0) - counts_E)
             rows_N = rows_N + shift_E.repeat_interleave(counts_E)

@@ -16,9 +16,9 @@ from dsv3.model.cache import Piece
 from dsv3.model.context import Context
 from dsv3.model.norm import RMSNorm
 from dsv3.model.rope import rotate, softmax_scale
-from dsv3.ops.attention import absorbed_attention, attention
+from dsv3.ops.attention import absorbed_attention, expanded_attention, expanded_partial
 from dsv3.ops.latents import Latents
-from dsv3.ops.partial_attention import Partial, merge, partial_attention, values_at_a_time
+from dsv3.ops.partial_attention import Partial, merge, values_at_a_time
 from dsv3.ops.recompute import recomputed
 
 
@@ -125,9 +125,8 @@ class MultiHeadLatentAttention(nn.Module):
         self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, c: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> Tensor:
         """[B, S, H, V]: S queries over T keys and values, made of c [B, T, C] and k_rope [B, T, R]."""
-        k_BHTK, v_BHTV = self._keys_and_values(c, k_rope)
-        q_BHSK = recomputed(_join_by_head, q_nope_BSHN, q_rope_BSHR)
-        return attention(q_BHSK, k_BHTK, v_BHTV, self.scale, mask).transpose(1, 2)
+        k_nope_BTHN, v_BTHV = self._keys_and_values(c)
+        return expanded_attention(q_nope_BSHN, q_rope_BSHR, k_nope_BTHN, k_rope, v_BTHV, self.scale, mask)
 
     def _expanded_in_parts(
         self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, latents_BTX: Tensor, mask: Tensor | None
@@ -143,12 +142,13 @@ class MultiHeadLatentAttention(nn.Module):
         before = T - S if mask is None else T
         if before <= size:
             return self._expanded(q_nope_BSHN, q_rope_BSHR, *self._split_latents(latents_BTX), mask)
-        q_BHSK = _join_by_head(q_nope_BSHN, q_rope_BSHR)
         seen: Partial | None = None
         for start, end in pairwise([*range(0, before, size), before, *([T] if before < T else [])]):
-            k_BHTK, v_BHTV = self._keys_and_values(*self._split_latents(latents_BTX[:, start:end]))
+            c, k_rope = self._split_latents(latents_BTX[:, start:end])
+            k_nope_BTHN, v_BTHV = self._keys_and_values(c)
+            inputs = (q_nope_BSHN, q_rope_BSHR, k_nope_BTHN, k_rope, v_BTHV)
             mask_of_part = None if mask is None else mask[..., start:end]
-            part = partial_attention(q_BHSK, k_BHTK, v_BHTV, self.scale, mask_of_part, causal=end > before)
+            part = expanded_partial(*inputs, self.scale, mask_of_part, causal=end > before)
             seen = part if seen is None else merge(seen, part)
         assert seen is not None
         return seen.out_BHSV.to(latents_BTX.dtype).transpose(1, 2)
@@ -157,17 +157,11 @@ class MultiHeadLatentAttention(nn.Module):
         c, k_rope = latents_BTX.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
         return c, k_rope
 
-    def _keys_and_values(self, c: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, H, T, K] and [B, H, T, V] of all heads."""
-        H = self.config.num_attention_heads
-        kv_BTHNV = recomputed(self.kv_b_proj, c).unflatten(-1, (H, -1))
-        k_nope_BTHN, v_BTHV = kv_BTHNV.split((self.config.qk_nope_head_dim, self.config.v_head_dim), dim=-1)
-        k_BHTK = recomputed(_join_by_head, k_nope_BTHN, k_rope.unsqueeze(2).expand(-1, -1, H, -1))
-        return k_BHTK, v_BTHV.transpose(1, 2)
-
-
-def _join_by_head(nope_BSHN: Tensor, rope_BSHR: Tensor) -> Tensor:
-    return torch.cat((nope_BSHN.transpose(1, 2), rope_BSHR.transpose(1, 2)), dim=-1)
+    def _keys_and_values(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys without their rotated part [B, T, H, N] and values [B, T, H, V] of all heads."""
+        kv_BTHM = recomputed(self.kv_b_proj, c).unflatten(-1, (self.config.num_attention_heads, -1))
+        k_nope_BTHN, v_BTHV = kv_BTHM.split((self.config.qk_nope_head_dim, self.config.v_head_dim), dim=-1)
+        return k_nope_BTHN, v_BTHV
 
 
 def absorbing_pays(config: ModelConfig, num_queries: int, num_keys: int) -> bool:

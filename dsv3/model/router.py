@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dsv3.config import ModelConfig
 from dsv3.model.aux_loss import inject_loss, sequence_balance_loss
 from dsv3.model.context import Context
-from dsv3.ops import native
+from dsv3.ops import native, native_prompts
 from dsv3.ops.recompute import recomputed
 
 
@@ -36,17 +36,7 @@ def select_experts(scores_TE: Tensor, bias_E: Tensor | None, config: ModelConfig
     scores_TE: affinities s, at least FP32. bias_E: added for the selection only, never in the weights; None is no
     bias. Ties go to the lower index. Returns (expert_ids_TK int64, weights_TK in the dtype of the scores).
     """
-    fast = native.select_experts(
-        scores_TE,
-        bias_E,
-        chosen=config.num_experts_per_tok,
-        groups=1 if config.topk_method == "greedy" else config.n_group,
-        kept_groups=config.topk_group,
-        pairs=config.topk_method == "noaux_tc",
-        normalised=config.norm_topk_prob,
-        factor=config.routed_scaling_factor,
-    )
-    if fast is not None:
+    if (fast := native.select_experts(scores_TE, bias_E, **_choice(config))) is not None:
         return fast
     selection_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     if config.n_group > 1 and config.topk_method != "greedy":
@@ -61,6 +51,17 @@ def select_experts(scores_TE: Tensor, bias_E: Tensor | None, config: ModelConfig
         selection_TE = grouped_TGe.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(1)
     expert_ids_TK = _stable_topk(selection_TE, config.num_experts_per_tok)
     return expert_ids_TK, expert_weights(scores_TE, expert_ids_TK, config)
+
+
+def _choice(config: ModelConfig) -> native.Choice:
+    return {
+        "chosen": config.num_experts_per_tok,
+        "groups": 1 if config.topk_method == "greedy" else config.n_group,
+        "kept_groups": config.topk_group,
+        "pairs": config.topk_method == "noaux_tc",
+        "normalised": config.norm_topk_prob,
+        "factor": config.routed_scaling_factor,
+    }
 
 
 def expert_weights(scores_TE: Tensor, expert_ids_TK: Tensor, config: ModelConfig) -> Tensor:
@@ -100,6 +101,8 @@ class Router(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: Context) -> Routing:
         config = self.config
+        if (fast := self._fast(x_BSD, context)) is not None:
+            return fast
         dtype = torch.promote_types(x_BSD.dtype, torch.float32)
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_BSE = F.linear(recomputed(Tensor.to, x_BSD, dtype), self.weight.to(dtype))
@@ -114,6 +117,15 @@ class Router(nn.Module):
         counted = expert_ids_TK if context.valid_BS is None else expert_ids_TK[context.valid_BS.flatten()]
         counts_E = torch.bincount(counted.flatten(), minlength=config.n_routed_experts)
         return Routing(expert_ids_TK, weights_TK, scores_TE.detach(), counts_E, balance_loss)
+
+    def _fast(self, x_BSD: Tensor, context: Context) -> Routing | None:
+        config = self.config
+        if context.aux_loss_scale or context.valid_BS is not None:
+            return None
+        softmax = config.scoring_func == "softmax"
+        inputs = (x_BSD.flatten(0, 1), self.weight, self.e_score_correction_bias)
+        routed = native_prompts.route(*inputs, softmax=softmax, **_choice(config))
+        return None if routed is None else Routing(*routed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # `model.bfloat16()` must not touch the router: released biases are near 5, where one BF16 step is 31 gammas.

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3.ops import native
+from dsv3.ops import native, native_prompts
 from dsv3.ops.blocked_attention import blocked_attention
 from dsv3.ops.latents import Latents
+from dsv3.ops.partial_attention import Partial, partial_attention
 from dsv3.ops.recompute import recomputed
 
 
@@ -51,6 +52,57 @@ def attention(q_BHSK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float, mask
     # `scale` must be passed: the default forgets YaRN's mscale^2 (spec section 3).
     out = F.scaled_dot_product_attention(q_BHSK, k_BHTK, v, attn_mask=mask, is_causal=causal, scale=scale)
     return out[..., :width]
+
+
+def expanded_attention(
+    q_nope_BSHN: Tensor,
+    q_rope_BSHR: Tensor,
+    k_nope_BTHN: Tensor,
+    k_rope_BTR: Tensor,
+    v_BTHV: Tensor,
+    scale: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """`attention` with queries and keys as MLA has them, in two parts, one of the keys' of all heads. [B, S, H, V]."""
+    inputs = (q_nope_BSHN, q_rope_BSHR, k_nope_BTHN, k_rope_BTR, v_BTHV)
+    fast = native_prompts.expanded_attention(*inputs, scale, causal=True) if mask is None else None
+    if fast is not None:
+        return fast[0]
+    return attention(*_whole(*inputs), scale, mask).transpose(1, 2)
+
+
+def expanded_partial(
+    q_nope_BSHN: Tensor,
+    q_rope_BSHR: Tensor,
+    k_nope_BTHN: Tensor,
+    k_rope_BTR: Tensor,
+    v_BTHV: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+) -> Partial:
+    """`partial_attention` with the same."""
+    inputs = (q_nope_BSHN, q_rope_BSHR, k_nope_BTHN, k_rope_BTR, v_BTHV)
+    fast = native_prompts.expanded_attention(*inputs, scale, causal=causal) if mask is None else None
+    if fast is not None:
+        return Partial(fast[0].transpose(1, 2).float(), fast[1])
+    return partial_attention(*_whole(*inputs), scale, mask, causal=causal)
+
+
+def _whole(
+    q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, k_nope_BTHN: Tensor, k_rope_BTR: Tensor, v_BTHV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, H, S, K], keys [B, H, T, K] and values [B, H, T, V]."""
+    k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, k_nope_BTHN.shape[2], -1)
+    q_BHSK, k_BHTK = (
+        recomputed(_join_by_head, nope, rope) for nope, rope in ((q_nope_BSHN, q_rope_BSHR), (k_nope_BTHN, k_rope_BTHR))
+    )
+    return q_BHSK, k_BHTK, v_BTHV.transpose(1, 2)
+
+
+def _join_by_head(nope_BSHN: Tensor, rope_BSHR: Tensor) -> Tensor:
+    return torch.cat((nope_BSHN.transpose(1, 2), rope_BSHR.transpose(1, 2)), dim=-1)
 
 
 def absorbed_attention(

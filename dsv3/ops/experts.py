@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from dsv3.ops import native
+from dsv3.ops import native, native_prompts
 from dsv3.ops.swiglu import reference_swiglu, weighted_swiglu, weighted_swiglu_backward
 
 _FEW_ROWS = 8  # for each expert: from there on oneDNN's products are faster than our kernel
@@ -39,12 +39,12 @@ def reference_grouped_swiglu(
 def grouped_swiglu(x_ND: Tensor, weights_N: Tensor, counts_E: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
     """`reference_grouped_swiglu`, fast: torch's grouped GEMM where a kernel exists, one GEMM per expert elsewhere.
 
-    A few rows, in inference on a CPU, go to a kernel of our own.
+    In inference on a CPU there are kernels of our own, one for a few rows, one for many.
     """
-    if few_rows(x_ND, counts_E):
-        fast = native.experts(x_ND, weights_N, counts_E, native.bf16_weight(gate_up_EGD), native.bf16_weight(down_EDF))
-        if fast is not None:
-            return fast
+    ours = native.experts if few_rows(x_ND, counts_E) else native_prompts.experts
+    maps = (native.bf16_weight(gate_up_EGD), native.bf16_weight(down_EDF))
+    if (fast := ours(x_ND, weights_N, counts_E, *maps)) is not None:
+        return fast
     kernel = _grouped_mm_swiglu if _has_grouped_gemm(x_ND) else _LoopSwiGLU.apply
     out: Tensor = kernel(x_ND, weights_N, counts_E, gate_up_EGD, down_EDF)
     return out

@@ -15,7 +15,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -72,11 +72,17 @@ _ARGUMENTS = {  # of each kernel: pointers, integers, floats, maps
     "latent_attention": "ppppfpiiiiii",
     "run_block": "pppppppppi",
     "greedy": "ppiii",
+    "linear_many": "pimppiiii",
+    "experts_many": "pppmmpppiiii",
+    "route": "pppppppiiiiiiiiifi",
+    "prompt_rows": "ppppppppiiiiii",
+    "sum_rows": "pppiiii",
+    "expanded_attention": "piipiipiipipiifippppiiiiiiiii",
 }
 _BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 _INPUTS = {16: 16, 8: 32, 4: 64}  # by bits: numbers of inputs are multiples of it
 _TILE = 4  # outputs that are computed at a time
-_MAX_EXPERTS = 1024
+MAX_EXPERTS = 1024
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -206,35 +212,39 @@ def greedy(logits_RV: Tensor) -> list[int] | None:
     return ids
 
 
-def select_experts(
-    scores_TE: Tensor,
-    bias_E: Tensor | None,
-    *,
-    chosen: int,
-    groups: int,
-    kept_groups: int,
-    pairs: bool,
-    normalised: bool,
-    factor: float,
-) -> tuple[Tensor, Tensor] | None:
-    """`model.router.select_experts` of scores in FP32: (ids [T, K], weights [T, K]); or None if it is not so.
+class Choice(TypedDict):
+    """How experts are chosen by their scores; in the order in which the kernels take it."""
 
-    groups: 1 for no choice of groups; else the `kept_groups` best by their two best experts (`pairs`) or their best.
-    """
+    chosen: int
+    groups: int  # 1 for no choice of groups; else the
+    kept_groups: int  # best ones by
+    pairs: bool  # their two best experts, or their best
+    normalised: bool
+    factor: float
+
+
+def select_experts(scores_TE: Tensor, bias_E: Tensor | None, **choice: Unpack[Choice]) -> tuple[Tensor, Tensor] | None:
+    """`model.router.select_experts` of scores in FP32: (ids [T, K], weights [T, K]); or None if it is not so."""
     T, E = scores_TE.shape
     if not (torch.is_inference_mode_enabled() and scores_TE.is_cpu and scores_TE.dtype == torch.float32):
         return None
-    if E > _MAX_EXPERTS or not scores_TE.is_contiguous() or library() is None:
+    if E > MAX_EXPERTS or not scores_TE.is_contiguous() or library() is None:
         return None
-    ids_TK, weights_TK = scores_TE.new_empty(T, chosen, dtype=torch.int64), scores_TE.new_empty(T, chosen)
+    weights_TK = scores_TE.new_empty(T, choice["chosen"])
+    ids_TK = torch.empty_like(weights_TK, dtype=torch.int64)
     if bias_E is not None and not (bias_E.dtype == torch.float32 and bias_E.is_contiguous()):
         return None
     bias = None if bias_E is None else bias_E.data_ptr()
     loaded().select_experts(
         *(scores_TE.data_ptr(), bias, ids_TK.data_ptr(), weights_TK.data_ptr()),
-        *(T, E, chosen, groups, kept_groups, pairs, normalised, factor),
+        *(T, E, *in_order(choice)),
     )
     return ids_TK, weights_TK
+
+
+def in_order(choice: Choice) -> list[float]:
+    """As the kernels take it."""
+    return [choice[name] for name in ("chosen", "groups", "kept_groups", "pairs", "normalised", "factor")]
 
 
 def experts(x_ND: Tensor, weights_N: Tensor, counts_E: Tensor, gate_up_EGD: Stored, down_EDF: Stored) -> Tensor | None:
@@ -258,7 +268,7 @@ def takes_experts(gate_up_EGD: Stored, down_EDF: Stored) -> bool:
 
 def takes_block(latent_width: int, rope_width: int, value_width: int, hidden_width: int, num_experts: int) -> bool:
     """Whether `run_block` takes these sizes; of its maps `Stored.is_taken` says it."""
-    if hidden_width % 16 or num_experts > _MAX_EXPERTS:
+    if hidden_width % 16 or num_experts > MAX_EXPERTS:
         return False
     return _takes_attention(latent_width, rope_width, value_width)
 

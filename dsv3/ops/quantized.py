@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3 import compat
-from dsv3.ops import native
+from dsv3.ops import native, native_prompts
 from dsv3.ops.native import Stored
 from dsv3.ops.packed import LinearWeight
 
@@ -61,6 +61,8 @@ class QuantizedWeight(LinearWeight):
 
     _few_rows = 64  # up to there our own kernel is faster than turning the weight into BF16 first
 
+    rounds_activations = False  # those of many rows
+
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
 
@@ -85,8 +87,9 @@ class QuantizedWeight(LinearWeight):
 
     def multiply(self, x_NI: Tensor) -> Tensor:
         """As in `LinearWeight`."""
-        if len(x_NI) <= self._few_rows:
-            fast = native.linear(x_NI, self._stored)
+        few = len(x_NI) <= self._few_rows
+        if few or not self.rounds_activations:
+            fast = (native.linear if few else native_prompts.linear)(x_NI, self._stored)
             if fast is not None:
                 return fast
         pieces = self._stored.split(max(1, _PIECE // x_NI.shape[1]))
@@ -118,6 +121,7 @@ class Int8DynamicWeight(Int8Weight):
     """int8, one scale for each output, and activations in int8, one scale for each row."""
 
     _few_rows = 32
+    rounds_activations = True
 
     @staticmethod
     def available() -> bool:

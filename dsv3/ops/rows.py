@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv3.ops import native_prompts
+
 
 def gather_rows(x_TD: Tensor, tokens_N: Tensor, places_TK: Tensor, *, all_served: bool = True) -> Tensor:
     """[N, D]: x[tokens]. Its gradient is `sum_rows`. `all_served` promises that no place is -1."""
@@ -60,6 +62,8 @@ def _sum(rows_ND: Tensor, places_TK: Tensor, all_served: bool) -> Tensor:
     if not rows_ND.shape[0]:
         return rows_ND.new_zeros(T, D)
     if all_served:
+        if (fast := native_prompts.sum_rows(rows_ND, places_TK)) is not None:
+            return fast
         return rows_ND.index_select(0, places_TK.flatten()).view(T, K, D).sum(1)
     choices_TKD = rows_ND.index_select(0, places_TK.clamp_min(0).flatten()).view(T, K, D)
     return choices_TKD.masked_fill_(places_TK.unsqueeze(2) < 0, 0).sum(1)

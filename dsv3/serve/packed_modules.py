@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dsv3.model.experts import Experts
 from dsv3.model.mla import LatentUpProjection
-from dsv3.ops import native
+from dsv3.ops import native, native_prompts
 from dsv3.ops.experts import few_rows
 from dsv3.ops.native import Stored
 from dsv3.ops.packed import LinearWeight, PackedWeight, packed_grouped_swiglu
@@ -66,12 +66,13 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         stacks = experts.gate_up_proj.detach(), experts.down_proj.detach()
         gate_up, down = (Stored.stack([kind.quantize(weight) for weight in stack]) for stack in stacks)
-        self._stored = gate_up, down
+        self._stored, self._rounds_activations = (gate_up, down), kind.rounds_activations
         self._gate_up, self._down = (list(map(kind, stored.unbind())) for stored in self._stored)
 
     def forward(self, rows_ND: Tensor, weights_N: Tensor, counts_E: Tensor) -> Tensor:
-        if few_rows(rows_ND, counts_E):
-            fast = native.experts(rows_ND, weights_N, counts_E, *self._stored)
+        few = few_rows(rows_ND, counts_E)
+        if few or not self._rounds_activations:
+            fast = (native.experts if few else native_prompts.experts)(rows_ND, weights_N, counts_E, *self._stored)
             if fast is not None:
                 return fast
         return packed_grouped_swiglu(rows_ND, weights_N, counts_E, self._gate_up, self._down)
