@@ -7,7 +7,7 @@ node and its fast links, are data and expert neighbours:
 
     pp              stages of the model, one after the other
     dp_replicate    each has whole parameters, and shares the optimizer's state with the others (ZeRO-1)
-    dp_shard        each has its rows of every parameter, gathered when they are needed (FSDP2)
+    dp_shard        each has its rows of every parameter, gathered when they are needed (FSDP2; `lending` in pipelines)
     ep              routed experts spread over neighbours on the data axis (replicate and shard together)
 
 Dense parameters are alike on the whole data axis. Experts are alike on the data ranks that have the same place in

@@ -50,12 +50,13 @@ def block_on(
     """`Block.forward` on a tape: whole, or `in_stages`, cut where it communicates."""
     dispatcher = block.mlp.dispatcher if isinstance(block.mlp, DeepSeekMoE) else None
     if not in_stages or not isinstance(dispatcher, CutDispatcher):
-        return tape.run_block(block, h_BSD, context)
-    attended = tape.run_block(block.attend_and_route, h_BSD, context)
+        return tape.run_block(block, h_BSD, context, uses=[block])
+    before_mlp = [block.input_layernorm, block.self_attn, block.post_attention_layernorm]
+    attended = tape.run_block(block.attend_and_route, h_BSD, context, uses=before_mlp)
     assert attended.routing is not None
     x_TD = tape.run(Tensor.flatten, attended.x_BSD, 0, 1)
     dispatched = yield from dispatcher.dispatch_on(tape, x_TD, attended.routing)
-    rows_ND, local_BSD = tape.run_block(block.run_experts, attended, dispatched)
+    rows_ND, local_BSD = tape.run_block(block.run_experts, attended, dispatched, uses=[block.mlp])
     assert rows_ND is not None
     routed_TD = yield from dispatcher.combine_on(tape, rows_ND, dispatched)
     return tape.run(block.aggregate, attended, local_BSD, routed_TD), attended.routing

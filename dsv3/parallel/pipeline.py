@@ -42,7 +42,7 @@ from dsv3.parallel.stages import (
     module_names,
     payload_positions,
 )
-from dsv3.parallel.tape import Tape, map_tensors, slot_of
+from dsv3.parallel.tape import Lend, Tape, always_there, map_tensors, slot_of
 from dsv3.plan.pipeline import Span
 from dsv3.plan.schedules import Op, OverlappedPair, Schedule, make_schedule
 
@@ -82,6 +82,8 @@ class Pipeline:
         self.parts, self.axis, self.overlap = tuple(parts), axis, overlap
         self.recompute: Recompute = model.recompute
         self._method = schedule
+        self._lend: Lend = always_there
+        self._dtype: torch.dtype | None = None  # of what travels; None: that of the weights
         self._at: tuple[Schedule, int, bool] | None = None  # while running: the step, and whether its input is here
         # Where stages sit depends on the ranks alone; any number of chunks that every method can run tells it.
         sample = self.schedule(2 * axis.size)
@@ -90,6 +92,10 @@ class Pipeline:
         self._stages = {stage: Stage(self.model, self.parts[stage]) for stage in sample.stages[axis.index]}
         shared = {h for h in map(self.holders, module_names(model)) if len(h) > 1}
         self._groups = Groups(mesh, links(sample), shared)
+
+    def compute_with(self, lend: Lend, dtype: torch.dtype) -> None:
+        """From now on have weights from `lend`, in `dtype`: those in `self.model` are what this rank keeps of them."""
+        self._lend, self._dtype = lend, dtype
 
     def schedule(self, num_chunks: int) -> Schedule:
         """What the ranks do in a step of `num_chunks` micro-batches; `UserError` if the method cannot run as many."""
@@ -221,7 +227,7 @@ class Pipeline:
             aux_loss_scale=work.aux_loss_scale,
         )
         return self._stages[op.stage].forward(
-            Tape(self.recompute),
+            Tape(self.recompute, self._lend),
             arrived,
             inputs.tokens_BS,
             context,
@@ -237,7 +243,7 @@ class Pipeline:
         # A gradient is shaped like what this stage had sent to the next.
         positions = payload_positions(self.parts[stage + (kind == "B")], S, mtp=work.mtp)
         weights = (p for name, p in self.model.named_parameters() if ".router." not in name)
-        return next(weights).new_empty(B, positions, self.model.config.hidden_size)
+        return next(weights).new_empty(B, positions, self.model.config.hidden_size, dtype=self._dtype)
 
     def _touch_embedding(self, mtp: bool) -> None:
         """Without MTP its copy of the embedding was not used: give it a zero gradient, for the sum over the copies."""

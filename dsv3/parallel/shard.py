@@ -6,13 +6,14 @@ an optimizer, a checkpoint or an average of weights needs no more than `Sharding
 FSDP2 (`dp_shard` above 1): blocks hold their rows between uses, and torch gathers and reduces them. What stays whole
 between uses (everything if `dp_shard` is 1, routers always: they are small and FP32 whatever the rest is) has its
 gradients summed once per step, each rank getting the sum of its rows, and the rows sent to all others once they are
-updated: ZeRO-1. It asks nothing of forward and backward passes, so pipelines work over it as they are.
+updated: ZeRO-1. It asks nothing of forward and backward passes, so pipelines work over it as they are. Where they are
+to hold rows between uses too, `dsv3.parallel.lending` stands in for FSDP2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +24,9 @@ from torch.distributed.tensor import DTensor
 
 from dsv3.model.experts import DeepSeekMoE, Experts
 from dsv3.model.router import Router
-from dsv3.parallel.exchange import all_gather_flat, reduce_scatter_flat
+from dsv3.parallel.exchange import all_gather_flat
 from dsv3.parallel.mesh import ALONE, Axis, Mesh
-
-_BUCKET = 2**24  # elements that travel in one collective
+from dsv3.parallel.rows import gather_rows, reduce_rows, row_span
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Part:
     begin: int  # rows [begin, end) of the whole
     end: int
     replicas: Axis = ALONE  # ranks whose copies of the held rows are alike: they share the updating (ZeRO-1)
-    shards: Axis = ALONE  # ranks that FSDP2 divides the parameter among
+    shards: Axis = ALONE  # ranks that the held rows are divided among (FSDP2, lending)
     first: bool = True  # no other rank that updates the same rows speaks for them
 
 
@@ -80,17 +80,18 @@ class Sharding:
         if isinstance(tensor, DTensor):
             return tensor.to_local()
         replicas = self._parts[name].replicas if name in self._parts else ALONE
-        return tensor if replicas.size == 1 else tensor.narrow(0, *_chunk(tensor.shape[0], replicas))
+        return tensor if replicas.size == 1 else tensor.narrow(0, *row_span(tensor.shape[0], replicas))
 
     def whole(self, name: str, rows: Tensor) -> Tensor:
         """Own rows of parameter `name`, or of something of its shape, made whole. Not for the stacks of experts."""
         part = self.part(name, rows)
-        axis = part.shards if part.shards.size > 1 else part.replicas
-        if axis.size == 1:
-            return rows
-        padded = rows.new_zeros(_chunk(part.shape[0], axis, 0)[1], *rows.shape[1:])
-        padded[: rows.shape[0]] = rows
-        return all_gather_flat(padded.flatten(), axis).view(-1, *rows.shape[1:])[: part.shape[0]]
+        held = row_span(part.shape[0], part.shards)[1]
+        for axis, length in ((part.replicas, held), (part.shards, part.shape[0])):
+            if axis.size > 1:
+                padded = rows.new_zeros(row_span(length, axis, 0)[1], *rows.shape[1:])
+                padded[: rows.shape[0]] = rows
+                rows = all_gather_flat(padded.flatten(), axis).view(-1, *rows.shape[1:])[:length]
+        return rows
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of the sharded model by name, each as it is between uses."""
@@ -107,64 +108,38 @@ class Sharding:
         square = torch.full((), norm * norm, dtype=torch.float64, device=self._mesh.device)
         return math.sqrt(float(self._mesh.world.sum_(square)))
 
-    @torch.no_grad()
     def reduce(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Own rows of gradients that are as the model holds its parameters, summed over the replicas.
 
         Every rank of an axis must give the same names in the same order.
         """
-        out = {name: self.own(name, gradient) for name, gradient in gradients.items()}
-        for axis, names in self._buckets(gradients):
-            widths = [_width(gradients[name], axis) for name in names]
-            blocks = torch.zeros(axis.size, sum(widths), dtype=gradients[names[0]].dtype, device=self._mesh.device)
-            for name, block in zip(names, blocks.split(widths, dim=1), strict=True):
-                for rank in range(axis.size):
-                    rows = gradients[name].narrow(0, *_chunk(gradients[name].shape[0], axis, rank))
-                    block[rank, : rows.numel()] = rows.reshape(-1)
-            mine = reduce_scatter_flat(blocks, axis)
-            for name, values in zip(names, mine.split(widths), strict=True):
-                out[name] = values[: out[name].numel()].view_as(out[name])
-        return out
+        own = {name: self.own(name, gradient) for name, gradient in gradients.items()}
+        return own | reduce_rows(gradients, self._replicas(gradients))
 
     @torch.no_grad()
     def publish(self, parameters: Mapping[str, Tensor]) -> None:
         """After own rows have changed: let every rank that uses them have them."""
         if isinstance(self._model, FSDPModule):
             self._model.reshard()  # what an evaluation left gathered is of the rows before
-        for axis, names in self._buckets(parameters):
-            widths = [_width(parameters[name], axis) for name in names]
-            mine = torch.zeros(sum(widths), dtype=parameters[names[0]].dtype, device=self._mesh.device)
-            for name, values in zip(names, mine.split(widths), strict=True):
-                rows = self.own(name, parameters[name])
-                values[: rows.numel()] = rows.reshape(-1)
-            blocks = all_gather_flat(mine, axis)
-            for name, block in zip(names, blocks.split(widths, dim=1), strict=True):
-                for rank in range(axis.size):
-                    rows = parameters[name].narrow(0, *_chunk(parameters[name].shape[0], axis, rank))
-                    rows.copy_(block[rank, : rows.numel()].view_as(rows))
+        own = {name: self.own(name, parameter) for name, parameter in parameters.items()}
+        gather_rows(own, parameters, self._replicas(parameters))
 
-    def _buckets(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Axis, list[str]]]:
-        """Tensors that travel together: of one axis and dtype, and not too many elements."""
-        buckets: dict[tuple[Axis, torch.dtype], list[str]] = {}
-        for name, tensor in tensors.items():
-            axis = self._parts[name].replicas if name in self._parts else ALONE
-            if axis.size == 1:
-                continue
-            bucket = buckets.setdefault((axis, tensor.dtype), [])
-            bucket.append(name)
-            if sum(tensors[other].numel() for other in bucket) >= _BUCKET:
-                yield axis, buckets.pop((axis, tensor.dtype))
-        for (axis, _), names in buckets.items():
-            yield axis, names
+    def _replicas(self, names: Iterable[str]) -> dict[str, Axis]:
+        return {name: self._parts[name].replicas if name in self._parts else ALONE for name in names}
 
 
-def shard_parameters(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> Sharding:
+Divide = Callable[[nn.Module, Mesh, torch.dtype], set[str]]
+"""(model, mesh, what it computes in) -> names of the parameters of which the model now holds this rank's rows only."""
+
+
+def shard_parameters(model: nn.Module, mesh: Mesh, dtype: torch.dtype, divide: Divide | None = None) -> Sharding:
     """Divide a model's parameters, FP32 or wider and with its experts distributed, as `mesh` says, in place.
 
-    dtype: what the model computes in. What FSDP2 gathers is cast on the way; what stays whole keeps its dtype here,
-    so that masters can be taken before `cast_whole`.
+    dtype: what the model computes in. What is gathered is cast on the way; what stays whole keeps its dtype here,
+    so that masters can be taken before `cast_whole`. divide: what has the rows gathered; None is FSDP2.
     """
-    sharded = _apply_fsdp(model, mesh, dtype) if mesh.shard.size > 1 else set[str]()
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    sharded = (divide or _apply_fsdp)(model, mesh, dtype) if mesh.shard.size > 1 else set[str]()
     expert_names = {
         f"{module_name}.{name}"
         for module_name, module in model.named_modules()
@@ -173,28 +148,30 @@ def shard_parameters(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> Shardi
     }
     parts = {}
     for name, parameter in model.named_parameters():
-        is_expert = name in expert_names
-        held = parameter.shape[0]  # of all ranks that FSDP2 divides them among, for a DTensor
-        begin = mesh.ep.index * held if is_expert else 0
-        shape = (held * mesh.ep.size if is_expert else held, *parameter.shape[1:])
-        if name in sharded:
-            shard, replicate = (mesh.expert_shard, mesh.expert_replicate) if is_expert else (mesh.shard, mesh.replicate)
-            start, length = _chunk(held, shard)
-            parts[name] = Part(shape, begin + start, begin + start + length, first=replicate.index == 0, shards=shard)
-        else:
-            replicas = mesh.expert_data if is_expert else mesh.data
-            start, length = _chunk(held, replicas)
-            parts[name] = Part(shape, begin + start, begin + start + length, replicas)
+        rows, is_expert = shapes[name][0], name in expert_names
+        begin = mesh.ep.index * rows if is_expert else 0
+        shape = (rows * mesh.ep.size if is_expert else rows, *shapes[name][1:])
+        data, shards, replicas = (
+            (mesh.expert_data, mesh.expert_shard, mesh.expert_replicate)
+            if is_expert
+            else (mesh.data, mesh.shard, mesh.replicate)
+        )
+        if name not in sharded:
+            shards, replicas = ALONE, data
+        start, length = row_span(rows, shards)
+        begin, first = begin + start, True
+        if isinstance(parameter, DTensor):  # FSDP2 sums over replicas itself: each of them updates all that it holds
+            replicas, first = ALONE, replicas.index == 0
+        start, length = row_span(length, replicas)
+        parts[name] = Part(shape, begin + start, begin + start + length, replicas, shards, first)
     return Sharding(parts, mesh, model)
 
 
-def cast_whole(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_whole(model: nn.Module, dtype: torch.dtype, sharding: Sharding) -> None:
     """Turn what stays whole between uses into `dtype` (routers refuse to become narrower than FP32)."""
-    if not isinstance(model, FSDPModule):
-        model.to(dtype)
-        return
+    divided = {p for name, p in model.named_parameters() if sharding.part(name, p).shards.size > 1}
     for module in model.modules():
-        if isinstance(module, Experts) and not isinstance(module, FSDPModule):
+        if divided.isdisjoint(module.parameters()):
             module.to(dtype)
 
 
@@ -234,15 +211,3 @@ def _device_mesh(mesh: Mesh, replicate: Axis, shard: Axis) -> DeviceMesh:
     return DeviceMesh.from_group(
         [replicate.group, shard.group], mesh.device.type, mesh=ranks, mesh_dim_names=("replicate", "shard")
     )
-
-
-def _chunk(rows: int, axis: Axis, index: int | None = None) -> tuple[int, int]:
-    """First row and number of rows of one rank, as FSDP2 and `torch.chunk` divide: the last ones may have fewer."""
-    size = -(-rows // axis.size)
-    begin = min((axis.index if index is None else index) * size, rows)
-    return begin, min(size, rows - begin)
-
-
-def _width(tensor: Tensor, axis: Axis) -> int:
-    """Elements of the largest rank's rows."""
-    return _chunk(tensor.shape[0], axis, 0)[1] * math.prod(tensor.shape[1:])

@@ -97,7 +97,8 @@ class Stage:
         model, part, S = self.model, self.part, tokens_BS.shape[1]
         routings: dict[str, Routing] = {}
         if part.embedding:
-            hiddens: tuple[Tensor, ...] = (tape.run(_part(model.embed_tokens), tokens_BS),)
+            embed_tokens = _part(model.embed_tokens)
+            hiddens: tuple[Tensor, ...] = (tape.run(embed_tokens, tokens_BS, uses=[embed_tokens]),)
         else:
             assert arrived is not None
             arrived = tape.enter(arrived)
@@ -113,7 +114,8 @@ class Stage:
             if routing is not None:
                 routings[f"layers.{i}"] = routing
         if part.norm:
-            hiddens = (tape.run(_part(model.norm), hiddens[0]),)
+            norm = _part(model.norm)
+            hiddens = (tape.run(norm, hiddens[0], uses=[norm]),)
         for k in part.mtp if mtp else ():
             h_BSD, routing = yield from self._mtp(k, tape, hiddens[-1], tokens_BS, context, in_stages=in_stages)
             hiddens = (*hiddens, h_BSD)
@@ -122,7 +124,7 @@ class Stage:
         if part.loss:
             head = model.lm_head
             assert head is not None
-            output = tape.run(lambda *h: loss(h, head.weight), *hiddens)
+            output = tape.run(lambda *h: loss(h, head.weight), *hiddens, uses=[head])
         else:
             output = hiddens[0] if len(hiddens) == 1 else tape.run(_join, *hiddens)
         return StagePass(tape, arrived, output, routings)
@@ -140,9 +142,10 @@ class Stage:
         def enter(previous_BSD: Tensor) -> Tensor:
             return module.merge(_first(previous_BSD, S - depth), embed_tokens(tokens_BS[:, depth:]))
 
-        h_BSD = tape.run_block(enter, previous_BSD)
+        entrance = [module.enorm, module.hnorm, module.eh_proj, embed_tokens]
+        h_BSD = tape.run_block(enter, previous_BSD, uses=entrance)
         h_BSD, routing = yield from block_on(tape, module.block, h_BSD, context.behind(depth), in_stages=in_stages)
-        return tape.run(module.norm, h_BSD), routing
+        return tape.run(module.norm, h_BSD, uses=[module.norm]), routing
 
 
 def payload_positions(part: StagePart, S: int, *, mtp: bool) -> int:

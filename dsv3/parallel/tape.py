@@ -14,14 +14,14 @@ way, answers to be summed) is free as soon as the chunk is past it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dsv3.model.transformer import Recompute
@@ -30,6 +30,14 @@ from dsv3.parallel.pieces import Chunk, Exchange, Transfers
 from dsv3.parallel.split import backward_input
 
 T = TypeVar("T")
+
+Lend = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
+"""Inside, the weights of these modules are there (`dsv3.parallel.lending`)."""
+
+
+def always_there(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """A `Lend` for weights that are never let go."""
+    return nullcontext()
 
 
 class Slot:
@@ -66,6 +74,7 @@ class _Graph:
 class _Piece:
     graph: Callable[[], _Graph]  # the one kept, or one made again
     slots: list[Slot | None]  # of the outputs
+    uses: Sequence[nn.Module]
 
 
 @dataclass
@@ -76,41 +85,43 @@ class _Crossing:
 class Tape:
     """One forward pass through one stage: a `Runner` that remembers. `recompute` as in `Transformer`.
 
-    What has a gradient among the arguments of pieces comes from pieces, or is said to `enter`.
+    What has a gradient among the arguments of pieces comes from pieces, or is said to `enter`. lend: where weights are
+    not always there, has those of the modules that a piece `uses` whenever something of it is computed.
     """
 
-    def __init__(self, recompute: Recompute = "none") -> None:
-        self._recompute = recompute
+    def __init__(self, recompute: Recompute = "none", lend: Lend = always_there) -> None:
+        self._recompute, self._lend = recompute, lend
         self._entries: list[_Piece | _Crossing] = []
-        self._put_off: list[Callable[[], None]] = []
+        self._put_off: list[tuple[Sequence[nn.Module], Callable[[], None]]] = []
 
     def enter(self, x: Tensor) -> Tensor:
         """x from outside, for pieces to use; its gradient will be in its slot."""
         return _handed_on(x)
 
-    def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """As in `Runner`."""
-        outputs = self._call(function, arguments)
+    def run(self, function: Callable[..., T], *arguments: Any, uses: Sequence[nn.Module] = ()) -> T:
+        """As in `Runner`. uses: the modules whose parameters the function reads."""
+        with self._lend(uses):
+            outputs = self._call(function, arguments)
         graph = _graph(outputs, arguments)
-        return self._record(lambda: graph, outputs)
+        return self._record(lambda: graph, outputs, uses)
 
-    def run_block(self, function: Callable[..., T], *arguments: Any) -> T:
+    def run_block(self, function: Callable[..., T], *arguments: Any, uses: Sequence[nn.Module] = ()) -> T:
         """The same for what "full" recomputation makes again: a block, or what it computes between its transfers."""
         if self._recompute != "full":
-            return self.run(function, *arguments)
+            return self.run(function, *arguments, uses=uses)
 
         def again() -> _Graph:
             with torch.enable_grad():
                 return _graph(function(*arguments), arguments)
 
-        with torch.no_grad():
+        with torch.no_grad(), self._lend(uses):
             outputs = function(*arguments)
-        return self._record(again, outputs)
+        return self._record(again, outputs, uses)
 
-    def _record(self, graph: Callable[[], _Graph], outputs: T) -> T:
+    def _record(self, graph: Callable[[], _Graph], outputs: T, uses: Sequence[nn.Module]) -> T:
         handed_on: T = map_tensors(_handed_on, outputs)
         slots = [slot_of(x) if x.requires_grad else None for x in tensors_in(handed_on)]
-        self._entries.append(_Piece(graph, slots))
+        self._entries.append(_Piece(graph, slots, uses))
         return handed_on
 
     def cross(self, *pairs: tuple[Exchange, Tensor]) -> Chunk[tuple[Tensor, ...]]:
@@ -136,7 +147,8 @@ class Tape:
         while self._entries:
             entry = self._entries.pop()
             if isinstance(entry, _Piece):
-                self._piece_backward(entry, split or crossings > 0)
+                with self._lend(entry.uses):
+                    self._piece_backward(entry, split or crossings > 0)
                 continue
             crossings -= 1
             # A zero gradient travels too: the other ranks wait for it.
@@ -149,8 +161,9 @@ class Tape:
 
     def backward_weights(self) -> None:
         """The parameters' gradients that a split backward put off."""
-        for finish in self._put_off:
-            finish()
+        for uses, finish in self._put_off:
+            with self._lend(uses):
+                finish()
         self._put_off.clear()
 
     def _piece_backward(self, piece: _Piece, split: bool) -> None:
@@ -165,7 +178,7 @@ class Tape:
         outputs, gradients = zip(*pairs, strict=True)
         if split:
             found, finish = backward_input(outputs, gradients, list(graph.inputs.values()))
-            self._put_off.append(finish)
+            self._put_off.append((piece.uses, finish))
             for slot, gradient in zip(graph.inputs, found, strict=True):
                 if gradient is not None:
                     slot.add(gradient)

@@ -120,11 +120,11 @@ class TrainConfig:
     and the next settings leave. This and the settings down to `timeline_steps` say how a run is spread, and may change
     when it is resumed."""
     dp_shard: int = 1
-    """Processes that share the parameters too (FSDP2)."""
+    """Processes that share the parameters too, each block gathered while it computes (FSDP2, or as it does)."""
     ep: int = 1
     """Neighbouring processes that share the routed experts (expert parallelism); inside the two above."""
     pp: int = 1
-    """Processes that the layers are spread over, stage after stage (pipeline parallelism); not with `dp_shard`."""
+    """Processes that the layers are spread over, stage after stage (pipeline parallelism)."""
     layout: str | None = None
     """Of a pipeline, what each stage holds: E embedding, t layer, m MTP module, L loss, as in 'Ett|ttt|tmL'; None: as
     even as can be."""
@@ -205,7 +205,6 @@ class TrainConfig:
                 value = getattr(self, name)
                 _require(not value, name, value, "nothing without a pipeline: set pp to 2 or more")
             return
-        _require(self.dp_shard == 1, "dp_shard", self.dp_shard, "1 with a pipeline: use dp_replicate, or set pp to 1")
         paired = self.schedule in ("DualPipe", "DualPipeV")
         _require(
             paired or not self.overlap, "overlap", self.overlap, f"False with {self.schedule}, which pairs no passes"

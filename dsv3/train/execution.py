@@ -19,6 +19,7 @@ from dsv3.model.balance import LoadBalancer
 from dsv3.model.transformer import Transformer, routed_layers
 from dsv3.ops.cross_entropy import linear_cross_entropy
 from dsv3.parallel.expert import distribute_experts
+from dsv3.parallel.lending import Lender
 from dsv3.parallel.pipeline import PassInput, Pipeline
 from dsv3.parallel.pipeline_sharding import PipelineSharding
 from dsv3.parallel.ranks import Ranks
@@ -126,7 +127,7 @@ class WholeModel(Execution):
         model.recompute = config.recompute
         distribute_experts(model, ranks.mesh)
         self.sharding = shard_parameters(model, ranks.mesh, dtype)
-        cast_whole(model, dtype)
+        cast_whole(model, dtype, self.sharding)
         model.to_empty(device=ranks.mesh.device)
 
     def backward_step(
@@ -174,8 +175,11 @@ class Pipelined(Execution):
         self.model = self.pipeline.model
         self._order = module_names(model)
         distribute_experts(self.model, mesh)
-        self.sharding = PipelineSharding(shard_parameters(self.model, mesh, dtype), self.pipeline, mesh)
-        cast_whole(self.model, dtype)
+        lender = Lender()
+        sharding = shard_parameters(self.model, mesh, dtype, lender.divide)
+        self.sharding = PipelineSharding(sharding, self.pipeline, mesh)
+        self.pipeline.compute_with(lender.lend, dtype)
+        cast_whole(self.model, dtype, sharding)
         self.model.to_empty(device=mesh.device)
 
     def backward_step(

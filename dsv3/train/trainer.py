@@ -293,7 +293,7 @@ def check_settings(config: TrainConfig, ranks: Ranks | None = None) -> ModelConf
             f"({model_config.max_position_embeddings})"
         )
     if config.pp > 1:
-        data_ranks = (config.dp_replicate or 1) if ranks is None else ranks.mesh.data.size
+        data_ranks = (config.dp_replicate or 1) * config.dp_shard if ranks is None else ranks.mesh.data.size
         planned_stages(config, model_config, pp=config.pp, data_ranks=data_ranks)
     if is_prepared(Path(config.data)):
         check_prepared(config, model_config.vocab_size)

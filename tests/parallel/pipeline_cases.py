@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.ops.cross_entropy import IGNORE
 from dsv3.parallel.expert import distribute_experts
 from dsv3.parallel.layout import StagePart, balanced_layout, parse_layout
+from dsv3.parallel.lending import Lender
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.pipeline import PassInput, Pipeline
 from dsv3.parallel.pipeline_sharding import PipelineSharding
@@ -28,9 +30,9 @@ from dsv3.parallel.stages import RankModel
 from dsv3.parallel.timeline import save_spans
 from dsv3.plan.pipeline import Span
 from dsv3.plan.schedules import make_schedule
-from dsv3.train.optim import MasterAdamW
 from dsv3.train.pipelined import pipelined_backward_step
 from dsv3.train.step import Losses, backward_step, labels_at
+from tests.parallel.step_cases import OPTIMIZERS
 from tests.parallel.world import mesh_of
 from tests.variants import BASE, random_model, random_tokens
 
@@ -70,6 +72,17 @@ def mesh_with(ep: int, node_size: int | None = None) -> Mesh:
     return mesh_of(node_size, pp=int(os.environ["WORLD_SIZE"]) // ep, ep=ep)
 
 
+def divided(
+    whole: Transformer, parts: Sequence[StagePart], mesh: Mesh, schedule: str, overlap: bool
+) -> tuple[Pipeline, PipelineSharding]:
+    """What this rank has of `whole`, which is changed."""
+    pipeline, lender, dtype = Pipeline(whole, parts, mesh, schedule=schedule, overlap=overlap), Lender(), whole.dtype
+    distribute_experts(pipeline.model, mesh)
+    sharding = PipelineSharding(shard_parameters(pipeline.model, mesh, dtype, lender.divide), pipeline, mesh)
+    pipeline.compute_with(lender.lend, dtype)
+    return pipeline, sharding
+
+
 def alone(
     whole: Transformer, name: str, seed: int, sequences: int, **settings: Any
 ) -> tuple[dict[str, Tensor], Losses, dict[str, Tensor]]:
@@ -102,14 +115,15 @@ def step_differences(
     recompute: str = "none",
     overlap: bool = False,
     dtype: str = "float32",
+    axes: dict[str, int] | None = None,
 ) -> dict[str, float]:
     """Largest differences of a pipeline step from one process, on this rank: of gradients relative, losses, counts.
 
     layout: a string, or the number of stages of a balanced one. ep: ranks that share a layer's experts, node_size of
-    them on a node; empty_rank: no token goes to the second of two.
+    them on a node; empty_rank: no token goes to the second of two. axes: a whole mesh, perhaps with shared parameters.
     """
     kind = getattr(torch, dtype)
-    mesh = mesh_with(ep, node_size)
+    mesh = mesh_with(ep, node_size) if axes is None else mesh_of(**axes)
     ranks = Ranks(mesh)
     settings = {"mtp_weight": mtp_weight, "eos_token_id": EOS, "isolate": isolate}
     whole = built(model, seed, kind)
@@ -120,8 +134,7 @@ def step_differences(
     whole = copy.deepcopy(whole)
     whole.recompute = recompute
     parts = parse_layout(layout, config) if isinstance(layout, str) else balanced_layout(config, layout)
-    pipeline = Pipeline(whole, parts, mesh, schedule=schedule, overlap=overlap)
-    distribute_experts(pipeline.model, mesh)
+    pipeline, sharding = divided(whole, parts, mesh, schedule, overlap)
     balancer = LoadBalancer(pipeline.model, lambda counts: ranks.sum_counts(pipeline.sum_counts(counts)))
     first, count = ranks.share(sequences)
     tokens_BS1 = batch(model, seed, sequences)[first : first + count]
@@ -130,14 +143,9 @@ def step_differences(
     )
 
     parameters = dict(pipeline.model.named_parameters())
-    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    pipeline.sum_gradients(gradients)
-    for name, gradient in gradients.items():
-        if ".experts." not in name:
-            mesh.data.sum_(gradient)
-        elif ep > 1:
-            mesh.expert_data.sum_(gradient)
-            expected[name] = expected[name].chunk(ep)[mesh.ep.index]
+    gradients = sharding.reduce({name: p.grad for name, p in parameters.items() if p.grad is not None})
+    rows = {name: sharding.part(name, gradient) for name, gradient in gradients.items()}
+    expected |= {name: expected[name][part.begin : part.end] for name, part in rows.items()}
     worst = {"missing": float(len((expected.keys() & parameters.keys()) ^ gradients.keys()))}
     worst["gradient"] = max(
         float((gradients[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-30)) for name in gradients
@@ -152,27 +160,37 @@ def step_differences(
 
 
 def training_differences(
-    *, schedule: str, layout: str, seed: int, chunks: int, steps: int, ep: int = 1
+    *,
+    schedule: str,
+    layout: str,
+    seed: int,
+    chunks: int,
+    steps: int,
+    ep: int = 1,
+    axes: dict[str, int] | None = None,
+    optimizer: str = "adamw",
 ) -> dict[str, float]:
-    """After some optimizer steps (clipped, biases moved): largest differences of weights, biases, losses and loads."""
+    """After some optimizer steps (clipped, biases moved): largest differences of weights, biases, losses and loads.
+
+    axes: as in `step_differences`.
+    """
     whole = built("D=1", seed, torch.float64)
     alone = copy.deepcopy(whole)
-    mesh = mesh_with(ep)
-    ranks = Ranks(mesh)
+    mesh = mesh_with(ep) if axes is None else mesh_of(**axes)
+    ranks, sequences = Ranks(mesh), chunks * mesh.data.size
     parts = parse_layout(layout, whole.config)
-    pipeline = Pipeline(copy.deepcopy(whole), parts, mesh, schedule=schedule, overlap=ep > 1)
+    pipeline, sharding = divided(copy.deepcopy(whole), parts, mesh, schedule, mesh.ep.size > 1)
     model = pipeline.model
-    distribute_experts(model, mesh)
-    sharding = PipelineSharding(shard_parameters(model, mesh, torch.float64), pipeline, mesh)
-    optimizers = MasterAdamW(alone), MasterAdamW(model, sharding=sharding)
+    make = OPTIMIZERS[optimizer]
+    optimizers = make(alone), make(model, sharding=sharding)
     balancers = LoadBalancer(alone), LoadBalancer(model, lambda counts: ranks.sum_counts(pipeline.sum_counts(counts)))
     before = {name: p.detach().clone() for name, p in alone.named_parameters()}
     settings = {"micro_batch_size": 1, "mtp_weight": 0.3, "eos_token_id": EOS}
     worst = dict.fromkeys(("loss", "load", "weight", "bias"), 0.0)
     for step in range(steps):
-        tokens_BS1 = batch("D=1", seed + step, chunks * ep)
+        tokens_BS1 = batch("D=1", seed + step, sequences)
         expected = backward_step(alone, balancers[0], tokens_BS1, **settings)
-        first, count = ranks.share(chunks * ep)
+        first, count = ranks.share(sequences)
         own_BS1 = tokens_BS1[first : first + count]
         found = pipelined_backward_step(pipeline, balancers[1], own_BS1, ranks=ranks, **settings)
         worst["loss"] = max(worst["loss"], *(abs(a - b) for a, b in zip(flat(found), flat(expected), strict=True)))
@@ -182,10 +200,11 @@ def training_differences(
         worst["load"] = max(worst["load"], *(float((c - loads[0][name]).abs().max()) for name, c in loads[1].items()))
     pipeline.close()
     weights, buffers = dict(alone.named_parameters()), dict(alone.named_buffers())
-    for name, p in model.named_parameters():
+    for name, master in optimizers[1].masters().items():
         assert not torch.equal(before[name], weights[name]), f"{name} has not moved"
-        expected_p = weights[name].chunk(ep)[mesh.ep.index] if ".experts." in name else weights[name]
-        worst["weight"] = max(worst["weight"], float((p - expected_p).detach().norm() / expected_p.detach().norm()))
+        part = sharding.part(name, master)
+        expected_p = weights[name].detach()[part.begin : part.end]
+        worst["weight"] = max(worst["weight"], float((master - expected_p).norm() / expected_p.norm()))
     for name, bias in model.named_buffers():
         worst["bias"] = max(worst["bias"], float((bias - buffers[name]).abs().max()))
     return worst

@@ -33,7 +33,7 @@ class Side:
         distribute_experts(self.model, mesh)
         self.sharding = shard_parameters(self.model, mesh, dtype)
         weights = {n: self.sharding.own(n, p.detach()).clone() for n, p in self.model.named_parameters()}
-        cast_whole(self.model, dtype)
+        cast_whole(self.model, dtype, self.sharding)
         self.optimizer = OPTIMIZERS[optimizer](self.model, sharding=self.sharding)
         self.optimizer.load_masters(weights)
         self.ranks = Ranks(mesh)

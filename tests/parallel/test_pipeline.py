@@ -5,6 +5,8 @@ In FP64, where a difference of 1e-12 is a mistake and not rounding; and once in 
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from dsv3.errors import UserError
@@ -201,6 +203,75 @@ def test_twenty_optimizer_steps_of_two_pipelines(world4: World, seed: int, sched
     """Pipeline x data x expert parallelism, optimizer states shared, transfers overlapped."""
     case = {"schedule": schedule, "layout": layout, "seed": seed, "chunks": 4, "steps": 20, "ep": 2}
     for worst in world4.run(training_differences, **case):
+        assert worst["load"] == 0 and worst["bias"] == 0, worst
+        assert worst["loss"] <= 1e-10 and worst["weight"] <= 1e-10, worst
+
+
+# Two pipelines beside each other share their parameters; with ep 2, all but the experts, which are divided already. And
+# four pipelines of one rank each, in which all axes of the data are there at once.
+SHARED = {
+    "pp 2, shard 2": {"pp": 2, "dp_shard": 2},
+    "pp 2, shard 2, ep 2": {"pp": 2, "dp_shard": 2, "ep": 2},
+    "shard 4, ep 2": {"pp": 1, "dp_shard": 4, "ep": 2},
+    "replicate 2, shard 2": {"pp": 1, "dp_replicate": 2, "dp_shard": 2},
+    "replicate 2, shard 2, ep 2": {"pp": 1, "dp_replicate": 2, "dp_shard": 2, "ep": 2},
+}
+
+
+def check_shared(world: World, axes: str, schedule: str, **case: object) -> None:
+    ranks, (layout, chunks) = SHARED[axes]["pp"], TWO[schedule]
+    if ranks == 1:
+        layout = 1 if schedule == "1F1B" else 2
+    check(
+        world,
+        schedule=schedule,
+        layout=layout,
+        sequences=2 * chunks * 4 // ranks - 1,
+        axes=SHARED[axes],
+        overlap=schedule.startswith("Dual"),
+        dtype="float64",
+        **case,
+    )
+
+
+@pytest.mark.parametrize(
+    ("axes", "schedule", "recompute"),
+    [
+        ("pp 2, shard 2", "1F1B", "none"),
+        ("pp 2, shard 2", "ZBV", "selective"),
+        ("pp 2, shard 2, ep 2", "DualPipe", "selective"),
+        ("shard 4, ep 2", "DualPipeV", "full"),
+        ("replicate 2, shard 2", "1F1B", "full"),
+    ],
+)
+def test_pipelines_that_share_parameters(world4: World, seed: int, axes: str, schedule: str, recompute: str) -> None:
+    """Rows on each rank, whole only while a piece uses them; on a pipeline of one rank as on others."""
+    check_shared(world4, axes, schedule, seed=seed, recompute=recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("axes", "schedule"),
+    [(axes, schedule) for axes in SHARED for schedule in (TWO if "pp 2" in axes else ("1F1B", "ZBV", "DualPipeV"))],
+)
+def test_everything_with_shared_parameters(world4: World, seed: int, axes: str, schedule: str) -> None:
+    for recompute, mtp_weight in itertools.product(("none", "selective", "full"), (0.3, 0.0)):
+        check_shared(world4, axes, schedule, seed=seed, recompute=recompute, mtp_weight=mtp_weight)
+
+
+@pytest.mark.parametrize(
+    ("axes", "schedule", "layout", "optimizer"),
+    [
+        ("pp 2, shard 2, ep 2", "DualPipe", "Ettt|tttmL", "adamw"),
+        pytest.param("pp 2, shard 2", "1F1B", "Ettt|tttmL", "muon", marks=pytest.mark.slow),
+        pytest.param("replicate 2, shard 2", "1F1B", "EttttttmL", "muon", marks=pytest.mark.slow),
+    ],
+)
+def test_optimizer_steps_with_shared_parameters(
+    world4: World, seed: int, axes: str, schedule: str, layout: str, optimizer: str
+) -> None:
+    case = {"schedule": schedule, "layout": layout, "seed": seed, "chunks": 4, "axes": SHARED[axes]}
+    for worst in world4.run(training_differences, steps=8, optimizer=optimizer, **case):
         assert worst["load"] == 0 and worst["bias"] == 0, worst
         assert worst["loss"] <= 1e-10 and worst["weight"] <= 1e-10, worst
 

@@ -1,5 +1,6 @@
 """A run over several processes is the run of one: its figures, its checkpoints, and going on under any layout."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -144,11 +145,15 @@ def test_a_step_spoiled_on_one_rank_is_left_out_by_all(world2, tmp_path, text):
         ({"dp_replicate": 2, "ep": 2}, {}),
         ({"dp_shard": 2}, {}),
         ({"pp": 2}, {"pp": 2, "schedule": "DualPipe", "micro_batch_size": 1}),
+        ({"pp": 2, "dp_shard": 2}, {"pp": 2, "dp_shard": 2, "schedule": "1F1B", "micro_batch_size": 1}),
     ],
-    ids=["zero ep", "fsdp", "pp"],
+    ids=["zero ep", "fsdp", "pp", "pp fsdp"],
 )
-def test_every_layout_begins_with_the_weights_of_one_process(world2, tmp_path, text, alone, layout, spread, init):
+def test_every_layout_begins_with_the_weights_of_one_process(request, tmp_path, text, alone, layout, spread, init):
     """Each rank has drawn, or read, its rows and no others; together they have all."""
+    world = request.getfixturevalue(
+        f"world{math.prod(layout.get(axis, 1) for axis in ('dp_replicate', 'dp_shard', 'pp'))}"
+    )
     start = {"init": str(alone.checkpoints()[0]), "model": None} if init else {"seed": 3}
     config = settings(tmp_path / "run", text, **start, **spread)
     if init:
@@ -157,7 +162,7 @@ def test_every_layout_begins_with_the_weights_of_one_process(world2, tmp_path, t
         model = Transformer(load_config(alone.path))
         model.init_weights(3)
     whole, seen = model.state_dict(), {name: set() for name in model.state_dict()}
-    for held in world2.run(beginning, layout=layout, config=config):
+    for held in world.run(beginning, layout=layout, config=config):
         for key, (first, rows) in held.items():
             name = key.removesuffix(" in the model")
             assert torch.equal(rows, whole[name][first : first + len(rows)]), key

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dsv3.parallel.ranks import Ranks
 from dsv3.train.config import TrainConfig
@@ -83,22 +82,25 @@ def spoiled(step: int | None, ranks: Ranks):
         module.linear_cross_entropy = kept
 
 
-def resume_together(layout: dict[str, int], run: Path) -> None:
-    ranks = Ranks(mesh_of(**layout))
-    resume_run(run, ranks).fit(Silent())
+def resume_together(layout: dict[str, int], run: Path, spread: dict[str, Any] | None = None) -> None:
+    trainer = resume_run(run, Ranks(mesh_of(**layout)), spread)
+    trainer.fit(Silent())
+    if isinstance(trainer.execution, Pipelined):
+        trainer.execution.pipeline.close()
 
 
 def beginning(layout: dict[str, int], config: TrainConfig) -> dict[str, tuple[int, torch.Tensor]]:
     """What this rank has of a new run's weights, each with its first row; nothing is trained.
 
-    Its masters, and what its model has of dense parameters that FSDP2 does not divide, `name in the model`.
+    Its masters, and what its model has of dense parameters that are whole in it, `name in the model`.
     """
     ranks = Ranks(mesh_of(**layout))
     trainer = start_run(config, lambda message: None, ranks)
     masters = trainer.optimizer.masters()
     held = {name: (trainer.sharding.part(name, rows).begin, rows) for name, rows in masters.items()}
     for name, tensor in trainer.model.state_dict().items():
-        if not isinstance(tensor, DTensor) and (name not in masters or ".experts." not in name):
+        shared = name in masters and trainer.sharding.part(name, tensor).shards.size > 1
+        if not shared and (name not in masters or ".experts." not in name):
             held[f"{name} in the model"] = 0, tensor
     if isinstance(trainer.execution, Pipelined):
         trainer.execution.pipeline.close()
