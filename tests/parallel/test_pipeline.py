@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from dsv3.errors import UserError
 from dsv3.model.transformer import Transformer
@@ -22,6 +23,12 @@ from tests.parallel.pipeline_cases import (
     training_differences,
 )
 from tests.parallel.world import World
+
+# torch's executor, not ours: in 2.10 a rank with two neighbouring stages opens a connection to itself.
+from_torch_2_13 = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="torch's V schedules do not run on gloo in torch 2.10; 2.11 and 2.12 were not tried",
+)
 
 
 def check(world: World, *, each: float = 1e-12, **case: object) -> None:
@@ -278,7 +285,12 @@ def test_optimizer_steps_with_shared_parameters(
 
 @pytest.mark.parametrize(
     ("schedule", "stages", "chunks"),
-    [("1F1B", 2, 3), ("Interleaved1F1B", 4, 4), ("ZBVZeroBubble", 4, 4), ("DualPipeV", 4, 4)],
+    [
+        ("1F1B", 2, 3),
+        ("Interleaved1F1B", 4, 4),
+        pytest.param("ZBVZeroBubble", 4, 4, marks=from_torch_2_13),
+        pytest.param("DualPipeV", 4, 4, marks=from_torch_2_13),
+    ],
 )
 def test_torchs_schedules_run_the_same_stages(
     world2: World, seed: int, schedule: str, stages: int, chunks: int
