@@ -54,7 +54,7 @@ class PackedWeight(LinearWeight):
     def __init__(self, weight_OI: Tensor) -> None:
         self._packed = compat.pack_linear_weight(weight_OI)
         stored = native.bf16_weight(weight_OI)
-        self._stored = stored if stored.is_taken else None
+        self._stored = stored.in_large_pages() if stored.is_taken else None
 
     def multiply(self, x_NI: Tensor) -> Tensor:
         """As in `LinearWeight`."""

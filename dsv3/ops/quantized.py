@@ -66,6 +66,11 @@ class QuantizedWeight(LinearWeight):
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
 
+    @classmethod
+    def of(cls, weight_OI: Tensor) -> QuantizedWeight:
+        """Of a weight in BF16."""
+        return cls(cls.quantize(weight_OI).in_large_pages())
+
     @staticmethod
     @abstractmethod
     def quantize(weight_OI: Tensor) -> Stored:

@@ -12,6 +12,7 @@ from dsv3.model.block import Block
 from dsv3.model.experts import Experts
 from dsv3.model.mla import LatentUpProjection
 from dsv3.model.transformer import Transformer
+from dsv3.ops.large_pages import in_large_pages
 from dsv3.ops.native import bf16_weight
 from dsv3.ops.packed import PackedWeight, can_pack
 from dsv3.ops.quantized import Int4Weight, Int8DynamicWeight, Int8Weight, QuantizedWeight
@@ -74,7 +75,11 @@ def _pack_experts(experts: Experts, pack: Pack, quantization: Quantization) -> n
     """Where our own kernel takes experts they stay stacked, and in BF16 as they are."""
     stacks = experts.gate_up_proj, experts.down_proj
     if quantization == "none":
-        return experts if all(bf16_weight(stack).is_taken for stack in stacks) else PackedExperts(experts, pack)
+        if not all(bf16_weight(stack).is_taken for stack in stacks):
+            return PackedExperts(experts, pack)
+        for stack in stacks:
+            stack.data = in_large_pages(stack.detach())
+        return experts
     kind = _KINDS[quantization][1]
     fits = all(kind.fits(*stack.shape[1:]) for stack in stacks)
     return QuantizedExperts(experts, kind) if fits else PackedExperts(experts, pack)
@@ -95,4 +100,4 @@ def _packers(model: Transformer, quantization: Quantization) -> tuple[Pack, Pack
 
 
 def _where_it_fits(kind: type[QuantizedWeight]) -> Pack:
-    return lambda weight_OI: kind(kind.quantize(weight_OI)) if kind.fits(*weight_OI.shape) else PackedWeight(weight_OI)
+    return lambda weight_OI: kind.of(weight_OI) if kind.fits(*weight_OI.shape) else PackedWeight(weight_OI)

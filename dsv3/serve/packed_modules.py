@@ -40,8 +40,10 @@ class PackedUpProjection(PackedLinear):
     """
 
     def __init__(self, linear: LatentUpProjection) -> None:
-        super().__init__(linear, PackedWeight)  # decoding takes it by head
-        self._up_HMC = linear.by_head().detach()
+        super().__init__(linear, PackedWeight)
+        stored = self._weight.in_memory()
+        weight = linear.weight.detach() if stored is None else stored.weight
+        self._up_HMC = weight.view(linear.by_head().shape)  # of which decoding takes each head's
 
     def by_head(self) -> Tensor:
         return self._up_HMC
@@ -65,7 +67,7 @@ class QuantizedExperts(nn.Module):
     def __init__(self, experts: Experts, kind: type[QuantizedWeight]) -> None:
         super().__init__()
         stacks = experts.gate_up_proj.detach(), experts.down_proj.detach()
-        gate_up, down = (Stored.stack([kind.quantize(weight) for weight in stack]) for stack in stacks)
+        gate_up, down = (Stored.stack([kind.quantize(weight) for weight in stack]).in_large_pages() for stack in stacks)
         self._stored, self._rounds_activations = (gate_up, down), kind.rounds_activations
         self._gate_up, self._down = (list(map(kind, stored.unbind())) for stored in self._stored)
 
