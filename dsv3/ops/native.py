@@ -196,7 +196,7 @@ def bf16_weight(weight: Tensor) -> Stored:
 
 def linear(x_NI: Tensor, stored: Stored) -> Tensor | None:
     """x W^T, [N, O], or None if the kernel does not take these."""
-    if not (usable(x_NI) and stored.is_taken) or x_NI.stride(1) != 1:
+    if not (usable(x_NI) and stored.is_taken) or x_NI.stride(1) != 1 or x_NI.shape[1] != stored.num_inputs:
         return None
     num_outputs = stored.weight.shape[0]
     out = x_NI.new_empty(len(x_NI), num_outputs)
@@ -255,7 +255,7 @@ def in_order(choice: Choice) -> list[float]:
 def experts(x_ND: Tensor, weights_N: Tensor, counts_E: Tensor, gate_up_EGD: Stored, down_EDF: Stored) -> Tensor | None:
     """`ops.experts.reference_grouped_swiglu`, or None if the kernel does not take these."""
     (E, D), F = down_EDF.weight.shape[:2], down_EDF.num_inputs
-    if not (usable(x_ND) and takes_experts(gate_up_EGD, down_EDF)):
+    if not (usable(x_ND) and takes_experts(gate_up_EGD, down_EDF)) or x_ND.shape[1] != D:
         return None
     x_ND, weights_N, counts_E = x_ND.contiguous(), weights_N.float().contiguous(), counts_E.contiguous()
     out, act = torch.empty_like(x_ND), x_ND.new_empty(len(x_ND), F)
@@ -294,6 +294,8 @@ def latent_attention(
     (B, S, H, N), T, R = q_nope_BSHN.shape, latents.shape[1], q_rope_BSHR.shape[-1]
     V, C = up_HMC.shape[1] - N, up_HMC.shape[2]
     if not usable(q_nope_BSHN, q_rope_BSHR, latents.rows, up_HMC) or not _takes_attention(C, R, V):
+        return None
+    if q_nope_BSHN.stride(-1) != 1 or q_rope_BSHR.stride(-1) != 1:
         return None
     if latents.rows.stride()[-2:] != (C + R, 1) or not up_HMC.is_contiguous():
         return None

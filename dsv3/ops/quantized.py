@@ -7,8 +7,9 @@ Three kinds, each the product with its own dequantised weight, up to the roundin
 - `Int8DynamicWeight`: `Int8Weight`'s numbers, and of many rows activations rounded to int8 with one scale for each row,
   so that the product is one of integers. A byte a weight.
 
-A few rows go to our own kernel, which reads the integers as they lie. Many rows meet a piece of the weight after the
-other in BF16, so that no second copy is kept.
+A few rows go to our own kernel, which reads the integers as they lie and makes the rows integers too, finer than BF16:
+16 bits with one scale for each row. Many rows meet a piece of the weight after the other in BF16, so that no second
+copy is kept.
 
 Shapes: N rows, I inputs, O outputs of a linear map, G groups of inputs.
 """

@@ -33,14 +33,18 @@ class FusedBlock(nn.Module):
         super().__init__()
         self.block = block
         config = block.self_attn.config
-        self._stored = _stored(block)  # kept, because the kernel has only their addresses
+        self._stored = _stored(block)
         self._described = _described(block, self._stored)
+        # Kept, as the maps are: the kernel has only addresses, and a module that is moved lets its tensors go.
+        self._kept = [tensor.detach() for tensor in (*block.parameters(), *block.buffers())]
         self._num_experts = config.n_routed_experts if isinstance(block.mlp, DeepSeekMoE) else 0
         self._num_chosen = config.num_experts_per_tok if self._num_experts else 0
 
     def forward(self, h_BSD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
         passed, n = context.cache, h_BSD.shape[1]
-        fused = isinstance(passed, PagedPass) and (n <= _FEW_TOKENS or passed.always_fused)
+        fused = isinstance(passed, PagedPass) and (
+            h_BSD.shape[:2] == (1, passed.num_tokens) and (n <= _FEW_TOKENS or passed.always_fused)
+        )
         if not (fused and native.usable(h_BSD) and h_BSD.is_contiguous()):
             through_block: tuple[Tensor, Routing | None] = self.block(h_BSD, context)
             return through_block

@@ -117,6 +117,11 @@ class PagedPass:
         size = self._cache.block_size
         return torch.from_numpy(tables[at + positions // size] * size + positions % size)
 
+    @property
+    def num_tokens(self) -> int:
+        """T, of all chunks."""
+        return len(self._slots_T)
+
     def described(self, cos: Tensor, sin: Tensor) -> native.Pass:
         """The pass as `native`'s kernels take it, with the angles [1, T, R / 2] of its tokens: equal in all layers."""
         if self._described is None:
@@ -125,7 +130,7 @@ class PagedPass:
                 looks = None if mask is None else mask.data_ptr()
                 described.append(native.Piece(slots_BT.data_ptr(), looks, 0, slots_BT.shape[0], S, slots_BT.shape[1]))
             pieces = (native.Piece * len(described))(*described)
-            angles, sizes = (cos.data_ptr(), sin.data_ptr()), (len(self._slots_T), len(pieces))
+            angles, sizes = (cos.data_ptr(), sin.data_ptr()), (self.num_tokens, len(pieces))
             passed = native.Pass(*angles, self._slots_T.data_ptr(), ctypes.addressof(pieces), *sizes)
             self._described = passed, (pieces, cos, sin)  # what the addresses are of, kept
         return self._described[0]

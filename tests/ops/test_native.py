@@ -82,11 +82,11 @@ def test_linear(rows, kind, generator):
 @pytest.mark.parametrize("kind", [as_int8, as_int4])
 def test_beside_integers_rows_are_finer_than_bf16(kind, generator):
     """One input that is 30 times all others, rows of very different sizes, zeros: nothing is lost that BF16 has."""
-    sizes = torch.tensor([1e-30, 1.0, 0.0, 1e30]).unsqueeze(1)
+    sizes = torch.tensor([1e-34, 1.0, 0.0, 1e36]).unsqueeze(1)
     x = random(4, 18432, generator=generator)
     x[:, 7] = 120
     x = (x * sizes).bfloat16()
-    stored, exact = kind(random(8, 18432, generator=generator))
+    stored, exact = kind(random(8, 18432, generator=generator) / 1024)
     out = native.linear(x, stored).double() / sizes.double().clamp_min(1e-300)
     expected = (x.double() @ exact.T) / sizes.double().clamp_min(1e-300)
     rounding = (x.double().abs() @ exact.abs().T) / sizes.double().clamp_min(1e-300) * 2**-9
@@ -108,6 +108,17 @@ def test_sums_of_integers_do_not_overflow():
     for num_inputs in (32, 8192, 65536):
         x, ones = torch.ones(1, num_inputs).bfloat16(), torch.ones(4, num_inputs).bfloat16()
         assert native.linear(x, Int8Weight.quantize(ones)).tolist() == [[num_inputs] * 4]
+
+
+@pytest.mark.parametrize("kind", [as_int8, as_int4])
+@pytest.mark.parametrize("size", [1e-40, 1e-35, 1e38])
+def test_beside_integers_rows_of_any_size_keep_it(kind, size, generator):
+    """The smallest lose bits, but no row becomes another number, infinite or less than nothing."""
+    x = (torch.randn(2, 256, generator=generator).clamp(-3, 3) * size).bfloat16()
+    stored, exact = kind(random(8, 256, generator=generator) / 1024)
+    expected = x.double() @ exact.T
+    error = (native.linear(x, stored).double() - expected).abs().max()
+    assert error <= 2**-7 * expected.abs().max() + 1e-38
 
 
 def test_greedy(generator):
@@ -223,6 +234,15 @@ def test_nothing_is_taken_that_is_not_for_the_kernels(generator):
     assert native.linear(x, bf16_weight(weight.float())) is None
     assert native.linear(x[:, :40], bf16_weight(weight[:, :40].contiguous())) is None
     assert native.linear(x, bf16_weight(random(64, 32, generator=generator).T)) is None
+    assert native.linear(x[:, :48], stored) is None
+    stacks = bf16_weight(random(1, 32, 64, generator=generator)), bf16_weight(random(1, 64, 16, generator=generator))
+    assert native.experts(x, torch.ones(2), torch.tensor([2]), *stacks) is not None
+    assert native.experts(x[:, :48], torch.ones(2), torch.tensor([2]), *stacks) is None
+    nope, rope = random(1, 1, 2, 8, generator=generator), random(1, 1, 2, 32, generator=generator)
+    latents, up = Latents(random(1, 1, 64, generator=generator)), random(2, 12, 32, generator=generator)
+    assert native.latent_attention(nope, rope, latents, up, 1.0, None) is not None
+    assert native.latent_attention(nope[..., ::2], rope, latents, up, 1.0, None) is None
+    assert native.latent_attention(nope, rope.mT.contiguous().mT, latents, up, 1.0, None) is None
     assert native.greedy(x) is not None and native.greedy(x.float()) is None and native.greedy(x[:, ::2]) is None
     with torch.inference_mode(False):
         assert native.linear(x, stored) is None and native.rms_norm(x, weight[0], 1e-6) is None

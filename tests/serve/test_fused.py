@@ -151,6 +151,35 @@ def test_what_the_calls_do_not_take_goes_to_the_block(calls, generator):
     assert len(calls) == 1
 
 
+def run_first_block(model, config, num_tokens, generator, of_pass=3):
+    """Its answer to random rows, over a pass of so many tokens."""
+    h = torch.randn(1, num_tokens, 64, generator=generator).bfloat16()
+    with torch.inference_mode():
+        return model.layers[0](h, context_of(config, pool(config), 0, Chunk([1], 0, of_pass)))[0]
+
+
+def test_rows_that_are_not_the_pass_are_refused(generator):
+    """The kernel would read behind them; the block says so."""
+    config = variant("v3")
+    model = random_model(config, generator, torch.bfloat16)
+    pack_weights(model)
+    run_first_block(model, config, 3, generator)
+    with pytest.raises((RuntimeError, IndexError)):
+        run_first_block(model, config, 2, generator)
+
+
+def test_a_block_keeps_what_it_has_the_addresses_of(seed):
+    """A module that is moved lets its tensors go, and others take their memory."""
+    config = variant("v3")
+    model = random_model(config, torch.Generator().manual_seed(seed), torch.bfloat16)
+    pack_weights(model)
+    before = run_first_block(model, config, 3, torch.Generator().manual_seed(seed))
+    model.float().bfloat16()
+    taken = [torch.full((size,), float("nan"), dtype=torch.bfloat16) for size in (16, 24, 64, 512) for _ in range(99)]
+    assert torch.equal(run_first_block(model, config, 3, torch.Generator().manual_seed(seed)), before)
+    del taken
+
+
 @pytest.mark.parametrize("changes", [{"hidden_size": 40}, {"kv_lora_rank": 48}, {"moe_intermediate_size": 24}])
 def test_other_sizes_are_left_alone(changes, generator):
     model = random_model(variant("v3").replace(**changes), generator, torch.bfloat16)

@@ -73,9 +73,9 @@ class Inputs {
                 largest = size > largest ? size : largest;
                 none += v * 0.0f;
             }
-            float of_row = 0;
+            float of_row = limit / 1e38f;  // of smaller ones, zeros too, the factor would be infinite
             for (int k = 0; k < WIDTH; ++k) of_row = largest[k] > of_row ? largest[k] : of_row;
-            const float factor = of_row > 0 ? limit / of_row : 0;
+            const float factor = limit / of_row;
             for (int64_t i = 0; i < I; i += WIDTH) {
                 const Floats v = widen(from + i) * factor;
                 const Ints q = __builtin_convertvector(v + (v < 0.0f ? Floats{} - 0.5f : Floats{} + 0.5f), Ints);
@@ -87,7 +87,9 @@ class Inputs {
         }
     }
     const int16_t* row(int64_t r) const { return integers + r * Kind<Weight>::row(I); }
-    float scale(int64_t r) const { return scales[r]; }
+    // The answer that a product of integers stands for; of_output: the scale of its output. In this order, because a sum
+    // times the scale of a large row may be more than a float holds.
+    float scaled(float product, int64_t r, float of_output) const { return product * of_output * scales[r]; }
 };
 
 template <>
@@ -99,7 +101,7 @@ class Inputs<bf16> {
     Inputs(const bf16* x, int64_t stride, int64_t, int64_t) : x(x), stride(stride) {}
     void fill() {}
     const bf16* row(int64_t r) const { return x + r * stride; }
-    static constexpr float scale(int64_t) { return 1; }
+    static float scaled(float product, int64_t, float) { return product; }
 };
 
 // The weights of output o of a map.
@@ -212,7 +214,7 @@ void linear_by(const bf16* x, int64_t stride, const Weight* w, const float* scal
 #pragma omp for schedule(static)
         for (int64_t o = 0; o < O; o += TILE)
             outputs<TILE>(n, [&](int64_t r) { return in.row(r); }, of_output(w, o, I), I, [&](int64_t r, float* out) {
-                for (int k = 0; k < TILE; ++k) y[r * O + o + k] = narrow(out[k] * in.scale(r) * (scale ? scale[o + k] : 1));
+                for (int k = 0; k < TILE; ++k) y[r * O + o + k] = narrow(in.scaled(out[k], r, scale ? scale[o + k] : 1));
             });
     }
 }
@@ -239,7 +241,7 @@ void experts_by(const bf16* x, const float* weights, const int64_t* counts, cons
                     const int64_t n = counts[e] - begin < ROUND ? counts[e] - begin : ROUND, at = first + begin;
                     const auto row = [&](int64_t r) { return in.row(at + r); };
                     const auto scaled = [&](float out, int64_t r, int64_t f) {
-                        return out * in.scale(at + r) * (scale ? scale[f] : 1);
+                        return in.scaled(out, at + r, scale ? scale[f] : 1);
                     };
                     outputs<TILE>(n, row, of_output(gate, f, D), D, [&](int64_t r, float* out) {
                         for (int k = 0; k < TILE; ++k) gated[r][k] = silu(scaled(out[k], r, f + k));
@@ -264,7 +266,7 @@ void experts_by(const bf16* x, const float* weights, const int64_t* counts, cons
             for (int64_t d = 0; d < D; d += TILE)
                 outputs<TILE>(counts[e], row, of_output(down, e * D + d, F), F, [&](int64_t r, float* out) {
                     for (int k = 0; k < TILE; ++k) {
-                        const float answer = out[k] * between.scale(first + r) * (scale ? scale[d + k] : 1);
+                        const float answer = between.scaled(out[k], first + r, scale ? scale[d + k] : 1);
                         y[(first + r) * D + d + k] = narrow(answer);
                     }
                 });
