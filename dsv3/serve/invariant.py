@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dsv3.model.cache import Piece
+from dsv3.model.router import Routing
 from dsv3.model.transformer import Transformer
 from dsv3.ops import native
 from dsv3.ops.experts import few_rows
@@ -100,6 +101,10 @@ class TiledPass:
     def gather(self, x_R: Tensor) -> Tensor:
         """The way back: rows [R, ...] of the pass to tokens [T, ...]."""
         return x_R[self._rows_T]
+
+    def counts(self, routing: Routing) -> Tensor:
+        """How many tokens chose each expert, [E]; the rows that fill up a tile are none."""
+        return torch.bincount(self.gather(routing.expert_ids_TK).flatten(), minlength=len(routing.counts_E))
 
     def positions(self, layer: int, num_tokens: int) -> Tensor:
         """[1, R], in every layer."""

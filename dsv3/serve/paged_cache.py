@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dsv3.config import ModelConfig
 from dsv3.model.cache import Cache, Piece
+from dsv3.model.router import Routing
 from dsv3.ops import native
 from dsv3.ops.latents import Latents
 
@@ -143,6 +144,10 @@ class PagedPass:
         """What the model says of the pass's tokens, [T, ...], in the order of the chunks."""
         return x_T
 
+    def counts(self, routing: Routing) -> Tensor:
+        """How many of the pass's tokens chose each expert, [E]."""
+        return routing.counts_E
+
     def positions(self, layer: int, num_tokens: int) -> Tensor:
         """[1, T]: the same in every layer that this pass goes through."""
         return self._positions_1T
@@ -164,6 +169,8 @@ class Pass(Cache, Protocol):
     def scatter(self, x_T: Tensor) -> Tensor: ...
 
     def gather(self, x_T: Tensor) -> Tensor: ...
+
+    def counts(self, routing: Routing) -> Tensor: ...
 
 
 def grouped_order(chunk: Chunk) -> tuple[int, int]:

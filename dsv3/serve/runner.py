@@ -59,8 +59,10 @@ class Runner:
         with self._numerics():
             tokens_1R = passed.scatter(torch.tensor(tokens, device=device))
             hidden_TD = passed.gather(self.model.extend(tokens_1R, passed, routings)[0])
-        experts = {name: passed.gather(routing.expert_ids_TK) for name, routing in routings.items()}
-        self._count(experts)
+        self._count(passed, routings)
+        experts: dict[str, Tensor] = {}
+        if any(sequence.params.routing for sequence in sequences):
+            experts = {name: passed.gather(routing.expert_ids_TK) for name, routing in routings.items()}
 
         rows: list[Row] = []
         places: list[int] = []  # of the rows in the pass
@@ -99,9 +101,9 @@ class Runner:
             of_token = {name: tuple(ids_TK[place].tolist()) for name, ids_TK in experts.items()}
         return Token(token, proposed=token == draft and token != NOT_A_NUMBER, experts=of_token)
 
-    def _count(self, experts: dict[str, Tensor]) -> None:
-        for name, ids_TK in experts.items():
-            counts_E = torch.bincount(ids_TK.flatten(), minlength=self.model.config.n_routed_experts)
+    def _count(self, passed: Pass, routings: dict[str, Routing]) -> None:
+        for name, routing in routings.items():
+            counts_E = passed.counts(routing)
             self.expert_load[name] = self.expert_load[name] + counts_E if name in self.expert_load else counts_E
 
     @torch.inference_mode()
