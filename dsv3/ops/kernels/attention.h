@@ -1,4 +1,5 @@
-// Latent attention of one token and some heads: the absorbed query, and its softmax over latents and their weighted sum.
+// Latent attention of one token and some heads: the absorbed query, and its softmax over latents and their weighted
+// sum.
 #pragma once
 
 #include "maps.h"
@@ -123,9 +124,9 @@ struct Queries {
     int64_t nope_token, nope_head, rope_token, rope_head;
 };
 
-// Some sequences' latents [C + R], T of each: those that the slots [B, T] say, or, without slots, the rows of sequence b
-// from `apart` * b on; and which of them S queries of each may look at: where the mask [B, S, T] is not 0, or, without a
-// mask, those up to their own, the queries being the last of the T.
+// Some sequences' latents [C + R], T of each: those that the slots [B, T] say, or, without slots, the rows of sequence
+// b from `apart` * b on; and which of them S queries of each may look at: where the mask [B, S, T] is not 0, or,
+// without a mask, those up to their own, the queries being the last of the T.
 struct Piece {
     const int64_t* slots;
     const uint8_t* mask;

@@ -17,8 +17,8 @@ void norm_rows(const bf16* x, int64_t stride, const bf16* weight, bf16* y, int64
     }
 }
 
-// y [n, heads, R] = x with each pair (2i, 2i + 1) turned by the angle of its token; cos, sin [n, R / 2]. Tokens of x lie
-// `token_stride` apart, heads `head_stride`.
+// y [n, heads, R] = x with each pair (2i, 2i + 1) turned by the angle of its token; cos, sin [n, R / 2]. Tokens of x
+// lie `token_stride` apart, heads `head_stride`.
 void rotate_rows(const bf16* x, int64_t token_stride, int64_t head_stride, const float* cos, const float* sin, bf16* y,
                  int64_t n, int64_t heads, int64_t R) {
     for (int64_t t = 0; t < n; ++t, cos += R / 2, sin += R / 2)
@@ -32,9 +32,9 @@ void rotate_rows(const bf16* x, int64_t token_stride, int64_t head_stride, const
         }
 }
 
-// A block: D wide, H heads of N + R and V, queries of rank Q (0: none), latents of C + R; L: width of the shared experts
-// or of the dense FFN (0: none); E routed experts (0: a dense block), `chosen` of them for a token, F wide each. The rest
-// as `choose_experts` has it; scores are a softmax, or sigmoids.
+// A block: D wide, H heads of N + R and V, queries of rank Q (0: none), latents of C + R; L: width of the shared
+// experts or of the dense FFN (0: none); E routed experts (0: a dense block), `chosen` of them for a token, F wide
+// each. The rest as `choose_experts` has it; scores are a softmax, or sigmoids.
 struct Block {
     const bf16 *input_norm, *q_norm, *kv_norm, *up, *post_norm;
     const float *router, *bias;
@@ -43,8 +43,8 @@ struct Block {
     float factor, eps, scale;
 };
 
-// What the blocks of a pass of n tokens share: their angles (cos and sin [n, R / 2]), where their latents go in the pool,
-// and what they look at.
+// What the blocks of a pass of n tokens share: their angles (cos and sin [n, R / 2]), where their latents go in the
+// pool, and what they look at.
 struct Pass {
     const float *cos, *sin;
     const int64_t* slots;
@@ -78,8 +78,8 @@ void attend(const Block& b, const Pass& pass, const bf16* h, bf16* pool, bf16* a
     for (int64_t i = 0; i < pass.num_pieces; first += pass.pieces[i].B * pass.pieces[i].S, ++i) {
         const bf16* of_piece = q + first * b.H * K;
         const Queries queries = {of_piece, of_piece + b.N, b.H * K, K, b.H * K, K};
-        attend_latents(queries, pool, pass.pieces[i], b.up, b.scale, attended + first * b.H * b.V, b.H, b.N, b.C, b.R, b.V,
-                       threads);
+        attend_latents(queries, pool, pass.pieces[i], b.up, b.scale, attended + first * b.H * b.V, b.H, b.N, b.C, b.R,
+                       b.V, threads);
     }
 }
 
@@ -89,7 +89,8 @@ void route(const Block& b, const bf16* x, float* scores, int64_t* ids, float* we
     for (int64_t e = 0; e < b.E; ++e)
         for (int64_t t = 0; t < n; ++t) {
             Floats acc = {};
-            for (int64_t d = 0; d < b.D; d += WIDTH) acc += widen(x + t * b.D + d) * load<Floats>(b.router + e * b.D + d);
+            for (int64_t d = 0; d < b.D; d += WIDTH)
+                acc += widen(x + t * b.D + d) * load<Floats>(b.router + e * b.D + d);
             scores[t * b.E + e] = b.softmax ? sum(acc) : 1 / (1 + std::exp(-sum(acc)));
         }
     for (int64_t t = 0; b.softmax && t < n; ++t) {
@@ -100,8 +101,8 @@ void route(const Block& b, const bf16* x, float* scores, int64_t* ids, float* we
     choose_experts(scores, b.bias, ids, weights, n, b.E, b.chosen, b.groups, b.kept, b.pairs, b.normalised, b.factor);
 }
 
-// y [n, D] = h + attention, and its FFN's answer added. Of a block with experts also the routing: scores [n, E], ids and
-// weights [n, chosen], counts [E] of tokens.
+// y [n, D] = h + attention, and its FFN's answer added. Of a block with experts also the routing: scores [n, E], ids
+// and weights [n, chosen], counts [E] of tokens.
 void run(const Block& b, const Pass& pass, const bf16* h, bf16* pool, bf16* y, float* scores, int64_t* ids,
          float* weights, int64_t* counts, int threads) {
     const int64_t n = pass.n, D = b.D, N = b.E ? n * b.chosen : 0;

@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int TILE_ROWS = 4 * ROWS;  // queries that meet a block of keys together
-constexpr int BLOCK = 4 * PANEL;     // keys
+constexpr int BLOCK = 4 * PANEL;  // keys
 constexpr float LOG2_E = 1.44269504f;
 
 // Queries [B * S] and keys and values [B * T] of H heads; in each, tokens and heads lie as far apart as said. A query's
@@ -61,17 +61,22 @@ inline void multiply_rows(const bf16* x, int64_t stride, const bf16* panel, int6
 inline void multiply_rows(int64_t vectors, const bf16* x, int64_t stride, const bf16* panel, int64_t I, float* out,
                           int64_t apart, const float* factor = nullptr) {
     switch (vectors) {
-        case 1: return multiply_rows<1>(x, stride, panel, I, out, apart, factor);
-        case 2: return multiply_rows<2>(x, stride, panel, I, out, apart, factor);
-        case 3: return multiply_rows<3>(x, stride, panel, I, out, apart, factor);
-        default: return multiply_rows<4>(x, stride, panel, I, out, apart, factor);
+        case 1:
+            return multiply_rows<1>(x, stride, panel, I, out, apart, factor);
+        case 2:
+            return multiply_rows<2>(x, stride, panel, I, out, apart, factor);
+        case 3:
+            return multiply_rows<3>(x, stride, panel, I, out, apart, factor);
+        default:
+            return multiply_rows<4>(x, stride, panel, I, out, apart, factor);
     }
 }
 
-// 2^x for x <= 0, to about 3e-6, which is far below what BF16 tells apart, and 0 below 2^-126: 2^n times a polynomial of
-// the rest.
+// 2^x for x <= 0, to about 3e-6, which is far below what BF16 tells apart, and 0 below 2^-126: 2^n times a polynomial
+// of the rest.
 inline Floats exp2_of_negative(const Floats x) {
-    constexpr float ROUNDS = 12582912.0f + 127.0f;  // adding this leaves n, and what an exponent has more, in the low bits
+    constexpr float ROUNDS =
+        12582912.0f + 127.0f;  // adding this leaves n, and what an exponent has more, in the low bits
     const Floats shifted = x + ROUNDS, rest = x - (shifted - ROUNDS);
     Floats p = rest * 1.33335581e-3f + 9.61812911e-3f;
     p = p * rest + 5.55041087e-2f;
@@ -88,7 +93,8 @@ inline float largest_of(const Floats v) {
 }
 
 // probs[0 .. padded) = 2^(score * scale - the largest so far) of n scores, 0 behind them; highest and total are brought
-// up to date. Returns what earlier sums have to be multiplied with. Scores behind the n up to a whole vector are changed.
+// up to date. Returns what earlier sums have to be multiplied with. Scores behind the n up to a whole vector are
+// changed.
 inline float soften(float* scores, int64_t n, int64_t padded, float scale, float& highest, float& total, bf16* probs) {
     for (int64_t j = n; j % WIDTH; ++j) scores[j] = -INFINITY;
     Floats most = Floats{} + highest;
@@ -117,8 +123,8 @@ struct Tile {
     float highest[TILE_ROWS], total[TILE_ROWS], factor[TILE_ROWS];
 };
 
-// The queries s .. s + TILE_ROWS of one sequence and head: out [.., H, V] their attention, lse (or null) the logarithm of
-// their sum of exponentials. queries: scratch, TILE_ROWS * (N + R); sums: TILE_ROWS * V rounded up to PANEL.
+// The queries s .. s + TILE_ROWS of one sequence and head: out [.., H, V] their attention, lse (or null) the logarithm
+// of their sum of exponentials. queries: scratch, TILE_ROWS * (N + R); sums: TILE_ROWS * V rounded up to PANEL.
 inline void attend_tile(const Expanded& in, const bf16* keys, const bf16* values, int64_t b, int64_t h, int64_t s,
                         bf16* out, float* lse, Tile& tile, bf16* queries, float* sums) {
     const int64_t K = in.N + in.R, n = in.S - s < TILE_ROWS ? in.S - s : TILE_ROWS;
@@ -126,7 +132,8 @@ inline void attend_tile(const Expanded& in, const bf16* keys, const bf16* values
     for (int64_t r = 0; r < TILE_ROWS; ++r) {  // rows that are no queries repeat the last
         const int64_t token = b * in.S + s + (r < n ? r : n - 1);
         std::memcpy(queries + r * K, in.q_nope + token * in.q_nope_token + h * in.q_nope_head, in.N * sizeof(bf16));
-        std::memcpy(queries + r * K + in.N, in.q_rope + token * in.q_rope_token + h * in.q_rope_head, in.R * sizeof(bf16));
+        std::memcpy(queries + r * K + in.N, in.q_rope + token * in.q_rope_token + h * in.q_rope_head,
+                    in.R * sizeof(bf16));
         tile.highest[r] = -INFINITY;
         tile.total[r] = 0;
     }

@@ -1,8 +1,8 @@
 // Kernels for decoding on a CPU: few rows against every weight, so that reading the weights is their time.
 //
-// Weights stay as PyTorch has them, BF16 rows [outputs, inputs] (or integers with scales), and go by in the order in which
-// they lie; sums are FP32. Each sum is taken in one order whatever the number of rows or threads, so a row's result does
-// not depend on what is computed beside it. bf16 is the upper half of a float.
+// Weights stay as PyTorch has them, BF16 rows [outputs, inputs] (or integers with scales), and go by in the order in
+// which they lie; sums are FP32. Each sum is taken in one order whatever the number of rows or threads, so a row's
+// result does not depend on what is computed beside it. bf16 is the upper half of a float.
 //
 // No header of PyTorch and no C++ library: this compiles in two seconds and is called with plain pointers.
 
@@ -29,7 +29,8 @@ void rotate(const bf16* x, int64_t token_stride, int64_t head_stride, const floa
             int64_t n, int64_t heads, int64_t R) {
 #pragma omp parallel for if (n >= MANY) schedule(static)
     for (int64_t t = 0; t < n; ++t)
-        rotate_rows(x + t * token_stride, 0, head_stride, cos + t * (R / 2), sin + t * (R / 2), y + t * heads * R, 1, heads, R);
+        rotate_rows(x + t * token_stride, 0, head_stride, cos + t * (R / 2), sin + t * (R / 2), y + t * heads * R, 1,
+                    heads, R);
 }
 
 void linear(const bf16* x, int64_t stride, Map map, bf16* y, int64_t n, int64_t I, int64_t O, int64_t threads) {
@@ -56,8 +57,8 @@ void run_block(const Block* block, const Pass* pass, const bf16* h, bf16* pool, 
     run(*block, *pass, h, pool, y, scores, ids, weights, counts, threads);
 }
 
-// Of each of n rows of x [n, V] the index of its largest value, the first among equals; -1 where a value is no number or
-// the largest is infinite.
+// Of each of n rows of x [n, V] the index of its largest value, the first among equals; -1 where a value is no number
+// or the largest is infinite.
 void greedy(const bf16* x, int64_t* ids, int64_t n, int64_t V, int64_t threads) {
     constexpr int64_t SPAN = 512;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -118,7 +119,8 @@ void as_stored(const Map& map, Take take) {
 
 extern "C" {
 
-// Whether one instruction multiplies pairs of BF16 and adds them: without it these are no faster than what they replace.
+// Whether one instruction multiplies pairs of BF16 and adds them: without it these are no faster than what they
+// replace.
 #ifdef __AVX512BF16__
 extern const int64_t multiplies_pairs = 1;
 #else
@@ -168,16 +170,16 @@ void route(const bf16* x, const float* router, const float* bias, float* scores,
         else
             for (int64_t k = t; k < n; ++k) score_tokens<1>(x + k * D, router, scores + k * E, D, E);
         for (int64_t k = t; k < t + some; ++k) weigh_scores(scores + k * E, E, softmax);
-        choose_experts(scores + t * E, bias, ids + t * chosen, weights + t * chosen, some, E, chosen, groups, kept, pairs,
-                       normalised, factor);
+        choose_experts(scores + t * E, bias, ids + t * chosen, weights + t * chosen, some, E, chosen, groups, kept,
+                       pairs, normalised, factor);
     }
     std::memset(counts, 0, E * sizeof(int64_t));
     for (int64_t i = 0; i < n * chosen; ++i) ++counts[ids[i]];
 }
 
-// Rows on their way to experts, of each token x [n, D] one for each choice: copies that lie grouped by expert, the weight
-// of each and its token. Every group is filled up to a multiple of `unit` with rows of weight 0. counts [E] are set, and
-// places [n, chosen]: where the row of each choice lies.
+// Rows on their way to experts, of each token x [n, D] one for each choice: copies that lie grouped by expert, the
+// weight of each and its token. Every group is filled up to a multiple of `unit` with rows of weight 0. counts [E] are
+// set, and places [n, chosen]: where the row of each choice lies.
 void prompt_rows(const bf16* x, const int64_t* ids, const float* weights, bf16* rows, float* row_weights,
                  int64_t* tokens, int64_t* counts, int64_t* places, int64_t n, int64_t chosen, int64_t D, int64_t E,
                  int64_t unit, int64_t threads) {
@@ -197,17 +199,26 @@ void sum_rows(const bf16* rows, const int64_t* places, bf16* y, int64_t n, int64
         }
 }
 
-// Attention of S queries to T keys of each of B sequences and H heads, as `Expanded` has them: y [B, S, H, V]; lse [B, H, S]
-// or null. Scratch: packed, `together` * (keys_size + values_size), of as many heads as go at a time; own, threads *
-// TILE_ROWS * (K + 2 V rounded up to PANEL).
+// Attention of S queries to T keys of each of B sequences and H heads, as `Expanded` has them: y [B, S, H, V]; lse [B,
+// H, S] or null. Scratch: packed, `together` * (keys_size + values_size), of as many heads as go at a time; own,
+// threads * TILE_ROWS * (K + 2 V rounded up to PANEL).
 void expanded_attention(const bf16* q_nope, int64_t q_nope_token, int64_t q_nope_head, const bf16* q_rope,
                         int64_t q_rope_token, int64_t q_rope_head, const bf16* k_nope, int64_t k_token, int64_t k_head,
                         const bf16* k_rope, int64_t k_rope_token, const bf16* values, int64_t v_token, int64_t v_head,
                         float scale, int64_t causal, bf16* y, float* lse, bf16* packed, bf16* own, int64_t together,
                         int64_t B, int64_t S, int64_t T, int64_t H, int64_t N, int64_t R, int64_t V, int64_t threads) {
-    const Expanded in{q_nope,  q_rope, k_nope,       k_rope,  values, q_nope_token, q_nope_head, q_rope_token, q_rope_head,
-                      k_token, k_head, k_rope_token, v_token, v_head, scale,        B,           S,            T,
-                      H,       N,      R,            V,       causal};
+    const Expanded in{q_nope,      q_rope,
+                      k_nope,      k_rope,
+                      values,      q_nope_token,
+                      q_nope_head, q_rope_token,
+                      q_rope_head, k_token,
+                      k_head,      k_rope_token,
+                      v_token,     v_head,
+                      scale,       B,
+                      S,           T,
+                      H,           N,
+                      R,           V,
+                      causal};
     const int64_t width = (V + PANEL - 1) / PANEL * PANEL, size = TILE_ROWS * (N + R + 2 * width);
     const int64_t of_head = in.keys_size() + in.values_size(), tiles = (S + TILE_ROWS - 1) / TILE_ROWS;
 #pragma omp parallel num_threads(threads)
@@ -226,11 +237,10 @@ void expanded_attention(const bf16* q_nope, int64_t q_nope_token, int64_t q_nope
             for (int64_t g = first; g < end; ++g)
                 for (int64_t i = 0; i < tiles; ++i) {
                     const bf16* keys = packed + (g - first) * of_head;
-                    attend_tile(in, keys, keys + in.keys_size(), g / H, g % H, (tiles - 1 - i) * TILE_ROWS, y, lse, tile,
-                                queries, reinterpret_cast<float*>(queries + TILE_ROWS * (N + R)));
+                    attend_tile(in, keys, keys + in.keys_size(), g / H, g % H, (tiles - 1 - i) * TILE_ROWS, y, lse,
+                                tile, queries, reinterpret_cast<float*>(queries + TILE_ROWS * (N + R)));
                 }
         }
     }
 }
-
 }

@@ -87,8 +87,8 @@ class Inputs {
         }
     }
     const int16_t* row(int64_t r) const { return integers + r * Kind<Weight>::row(I); }
-    // The answer that a product of integers stands for; of_output: the scale of its output. In this order, because a sum
-    // times the scale of a large row may be more than a float holds.
+    // The answer that a product of integers stands for; of_output: the scale of its output. In this order, because a
+    // sum times the scale of a large row may be more than a float holds.
     float scaled(float product, int64_t r, float of_output) const { return product * of_output * scales[r]; }
 };
 
@@ -213,14 +213,18 @@ void linear_by(const bf16* x, int64_t stride, const Weight* w, const float* scal
         in.fill();
 #pragma omp for schedule(static)
         for (int64_t o = 0; o < O; o += TILE)
-            outputs<TILE>(n, [&](int64_t r) { return in.row(r); }, of_output(w, o, I), I, [&](int64_t r, float* out) {
-                for (int k = 0; k < TILE; ++k) y[r * O + o + k] = narrow(in.scaled(out[k], r, scale ? scale[o + k] : 1));
-            });
+            outputs<TILE>(
+                n, [&](int64_t r) { return in.row(r); }, of_output(w, o, I), I,
+                [&](int64_t r, float* out) {
+                    for (int k = 0; k < TILE; ++k)
+                        y[r * O + o + k] = narrow(in.scaled(out[k], r, scale ? scale[o + k] : 1));
+                });
     }
 }
 
-// y [N, D] = down_e (weight * silu(gate_e x) * up_e x) for rows x [N, D] that lie grouped by expert e, counts [E] of each.
-// gate_up [E, 2F, D], gate first; down [E, D, F]; their scales, if any, one for each output. act [N, F] is scratch.
+// y [N, D] = down_e (weight * silu(gate_e x) * up_e x) for rows x [N, D] that lie grouped by expert e, counts [E] of
+// each. gate_up [E, 2F, D], gate first; down [E, D, F]; their scales, if any, one for each output. act [N, F] is
+// scratch.
 template <class Weight>
 void experts_by(const bf16* x, const float* weights, const int64_t* counts, const Weight* gate_up,
                 const float* gate_up_scale, const Weight* down, const float* down_scale, bf16* y, bf16* act, int64_t N,

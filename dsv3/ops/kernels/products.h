@@ -1,18 +1,18 @@
 // Products of many rows with a weight: prompts, where multiplying is what takes the time and not reading.
 //
-// A weight is packed as it goes by, PANEL outputs at a time, which costs little beside the many rows that meet them: for
-// each pair of inputs those of all outputs side by side. Then one instruction adds to the sums of WIDTH outputs what a
-// row's pair gives them. Every sum is taken in one order, whatever the number of rows or threads.
+// A weight is packed as it goes by, PANEL outputs at a time, which costs little beside the many rows that meet them:
+// for each pair of inputs those of all outputs side by side. Then one instruction adds to the sums of WIDTH outputs
+// what a row's pair gives them. Every sum is taken in one order, whatever the number of rows or threads.
 #pragma once
 
 #include "vectors.h"
 
 namespace {
 
-constexpr int ROWS = 6;                   // rows and
-constexpr int VECTORS = 4;                // vectors of outputs that meet at a time: their sums fill the registers
-constexpr int PANEL = VECTORS * WIDTH;    // outputs that are packed together
-constexpr int PAIRS = 2 * PANEL;          // values of a panel that belong to one pair of inputs
+constexpr int ROWS = 6;  // rows and
+constexpr int VECTORS = 4;  // vectors of outputs that meet at a time: their sums fill the registers
+constexpr int PANEL = VECTORS * WIDTH;  // outputs that are packed together
+constexpr int PAIRS = 2 * PANEL;  // values of a panel that belong to one pair of inputs
 
 // acc + the products of pairs of inputs: x one row's, in every place; w those of WIDTH outputs.
 inline Floats dot_pairs(Floats acc, Ints x, Ints w) {
@@ -25,7 +25,8 @@ inline Floats dot_pairs(Floats acc, Ints x, Ints w) {
 #endif
 }
 
-// Rounded as by `store`, in one instruction where there is one (which takes what is too small for a normal number for 0).
+// Rounded as by `store`, in one instruction where there is one (which takes what is too small for a normal number for
+// 0).
 inline void store_rounded(bf16* to, Floats v) {
 #ifdef __AVX512BF16__
     const __m256bh out = _mm512_cvtneps_pbh((__m512)v);
@@ -36,7 +37,9 @@ inline void store_rounded(bf16* to, Floats v) {
 }
 
 // STEP inputs as pairs of BF16, which hold bytes exactly.
-inline Ints pairs(const bf16* from) { return load<Ints>(from); }
+inline Ints pairs(const bf16* from) {
+    return load<Ints>(from);
+}
 
 inline Ints pairs(const int8_t* from) {
     typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH)));
@@ -130,11 +133,16 @@ inline void all_rows(const bf16* x, int64_t stride, const bf16* panel, int64_t I
     }
     for (; r + ROWS <= n; r += ROWS) some_rows<ROWS>(x, stride, panel, I, r, take);
     switch (n - r) {
-        case 5: return some_rows<5>(x, stride, panel, I, r, take);
-        case 4: return some_rows<4>(x, stride, panel, I, r, take);
-        case 3: return some_rows<3>(x, stride, panel, I, r, take);
-        case 2: return some_rows<2>(x, stride, panel, I, r, take);
-        case 1: return some_rows<1>(x, stride, panel, I, r, take);
+        case 5:
+            return some_rows<5>(x, stride, panel, I, r, take);
+        case 4:
+            return some_rows<4>(x, stride, panel, I, r, take);
+        case 3:
+            return some_rows<3>(x, stride, panel, I, r, take);
+        case 2:
+            return some_rows<2>(x, stride, panel, I, r, take);
+        case 1:
+            return some_rows<1>(x, stride, panel, I, r, take);
     }
 }
 
@@ -174,8 +182,8 @@ inline Floats silu(Floats x) {
     return x * (x < 0 ? e : Floats{} + 1) / (1 + e);
 }
 
-// The groups' products: y [N, O] = w_g x for rows x [N, I], `stride` apart, that lie grouped by g, counts [G] of each. w
-// [G, O, I] and, or null, scale [G, O]. weights: as in `spread`. panel: scratch, PANEL * I. O is a multiple of WIDTH.
+// The groups' products: y [N, O] = w_g x for rows x [N, I], `stride` apart, that lie grouped by g, counts [G] of each.
+// w [G, O, I] and, or null, scale [G, O]. weights: as in `spread`. panel: scratch, PANEL * I. O is a multiple of WIDTH.
 template <class Weight>
 void linear_share(const bf16* x, int64_t stride, const float* weights, const int64_t* counts, const Weight* w,
                   const float* scale, bf16* y, bf16* panel, int64_t G, int64_t I, int64_t O, Share share) {

@@ -5,8 +5,8 @@
 
 namespace {
 
-// Sets counts [E], multiples of `unit`; places [n, chosen], the row of each choice, grouped by expert and in the order of
-// the tokens; and of each row its token and weight, 0 and 0 for padding. Returns how many rows there are.
+// Sets counts [E], multiples of `unit`; places [n, chosen], the row of each choice, grouped by expert and in the order
+// of the tokens; and of each row its token and weight, 0 and 0 for padding. Returns how many rows there are.
 int64_t place_rows(const int64_t* ids, const float* weights, float* row_weights, int64_t* tokens, int64_t* counts,
                    int64_t* places, int64_t n, int64_t chosen, int64_t E, int64_t unit) {
     int64_t next[MAX_EXPERTS], rows = 0;
@@ -45,7 +45,8 @@ inline void score_tokens(const bf16* x, const float* router, float* scores, int6
 // Products into affinities: their sigmoids or, over a token's experts, their softmax.
 inline void weigh_scores(float* scores, int64_t E, int64_t softmax) {
     float total = 0, most = softmax ? scores[largest(scores, E)] : 0;
-    for (int64_t e = 0; e < E; ++e) total += scores[e] = softmax ? std::exp(scores[e] - most) : 1 / (1 + std::exp(-scores[e]));
+    for (int64_t e = 0; e < E; ++e)
+        total += scores[e] = softmax ? std::exp(scores[e] - most) : 1 / (1 + std::exp(-scores[e]));
     for (int64_t e = 0; softmax && e < E; ++e) scores[e] /= total;
 }
 

@@ -15,9 +15,10 @@ inline int64_t largest(const float* x, int64_t n) {
     return best;
 }
 
-// The `chosen` experts of each of n tokens by their scores [n, E] plus bias [E] (or null), best first, lower index first
-// among equals; if `groups` is above 1 only of the `kept` groups whose two best scores (best, if `pairs` is 0) add up to
-// most. ids [n, chosen]; weights [n, chosen]: their scores, divided by the sum if `normalised`, times `factor`.
+// The `chosen` experts of each of n tokens by their scores [n, E] plus bias [E] (or null), best first, lower index
+// first among equals; if `groups` is above 1 only of the `kept` groups whose two best scores (best, if `pairs` is 0)
+// add up to most. ids [n, chosen]; weights [n, chosen]: their scores, divided by the sum if `normalised`, times
+// `factor`.
 void choose_experts(const float* scores, const float* bias, int64_t* ids, float* weights, int64_t n, int64_t E,
                     int64_t chosen, int64_t groups, int64_t kept, int64_t pairs, int64_t normalised, float factor) {
     const int64_t size = E / groups;
@@ -45,14 +46,15 @@ void choose_experts(const float* scores, const float* bias, int64_t* ids, float*
             biased[ids[k]] = -INFINITY;
             total += weights[k] = scores[ids[k]];
         }
-        for (int64_t k = 0; k < chosen; ++k) weights[k] = (normalised ? weights[k] / (total + 1e-20f) : weights[k]) * factor;
+        for (int64_t k = 0; k < chosen; ++k)
+            weights[k] = (normalised ? weights[k] / (total + 1e-20f) : weights[k]) * factor;
     }
 }
 
-// The rows of x [n, D] on their way to experts: copies of them, grouped by expert, with the weight of each, how many each
-// of E experts gets, and where the answer to each choice will lie.
-void group_rows(const bf16* x, const int64_t* ids, const float* weights, bf16* rows, float* row_weights, int64_t* counts,
-                int64_t* places, int64_t n, int64_t chosen, int64_t D, int64_t E) {
+// The rows of x [n, D] on their way to experts: copies of them, grouped by expert, with the weight of each, how many
+// each of E experts gets, and where the answer to each choice will lie.
+void group_rows(const bf16* x, const int64_t* ids, const float* weights, bf16* rows, float* row_weights,
+                int64_t* counts, int64_t* places, int64_t n, int64_t chosen, int64_t D, int64_t E) {
     int64_t begin[MAX_EXPERTS], at = 0;
     std::memset(counts, 0, E * sizeof(int64_t));
     for (int64_t i = 0; i < n * chosen; ++i) ++counts[ids[i]];

@@ -1,5 +1,5 @@
-// Vectors of 16 floats or integers, and BF16 and narrow integers turned into them and back. They are the compiler's (GCC,
-// Clang), made of what the machine has; where it has dot products of BF16 or of int16, those are taken.
+// Vectors of 16 floats or integers, and BF16 and narrow integers turned into them and back. They are the compiler's
+// (GCC, Clang), made of what the machine has; where it has dot products of BF16 or of int16, those are taken.
 #pragma once
 
 #include <cmath>
@@ -29,7 +29,9 @@ inline V load(const T* from) {
     return v;
 }
 
-inline Floats widen(const bf16* from) { return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16); }
+inline Floats widen(const bf16* from) {
+    return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16);
+}
 
 inline Words words(const int8_t* from) {
 #ifdef __AVX512BW__  // compilers take a vector of bytes apart
@@ -119,8 +121,10 @@ inline Ints dot(Ints acc, const int16_t* a, Words b) {
 inline void interleave(const bf16* a, const bf16* b, Ints pairs[2]) {
 #ifdef __AVX512BW__
     alignas(64) static constexpr uint16_t ORDER[2][STEP] = {
-        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63},
+        {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+         24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63},
     };
     const __m512i of_a = load<__m512i>(a), of_b = load<__m512i>(b);
     for (int v = 0; v < 2; ++v) pairs[v] = (Ints)_mm512_permutex2var_epi16(of_a, load<__m512i>(ORDER[v]), of_b);
@@ -142,9 +146,13 @@ inline Floats dot(Floats acc, Ints pairs, uint32_t p_and_q) {
 #endif
 }
 
-inline Floats floats(const Ints v) { return __builtin_convertvector(v, Floats); }
+inline Floats floats(const Ints v) {
+    return __builtin_convertvector(v, Floats);
+}
 
-inline float silu(float x) { return x / (1 + std::exp(-x)); }
+inline float silu(float x) {
+    return x / (1 + std::exp(-x));
+}
 
 // e^x for x <= 0, to about 2 ulp, and 0 below e^-87: 2^n times a polynomial of the rest.
 inline Floats exp_of_negative(const Floats x) {
