@@ -11,7 +11,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 import dsv3.model.experts
-import dsv3.model.mla
+import dsv3.ops.attention
 from dsv3.config import PRESETS, ModelConfig
 from dsv3.errors import UserError
 from dsv3.model.transformer import Transformer
@@ -74,7 +74,7 @@ def test_forward_flops_are_those_that_run(
     name: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The reference attention multiplies all pairs, which the counter sees; the fused kernel hides its products.
-    monkeypatch.setattr(dsv3.model.mla, "attention", reference_attention)
+    monkeypatch.setattr(dsv3.ops.attention, "attention", reference_attention)
     monkeypatch.setattr(dsv3.model.experts, "row_alignment", lambda *_: 1)  # padding is no work of the model's
     # A latent so small that absorbing pays in training is not counted: no model of the family has one.
     config = VARIANTS[name].replace(num_nextn_predict_layers=0, kv_lora_rank=BASE.kv_lora_rank + 8)
